@@ -1,0 +1,226 @@
+"""`doit build`: every model's library for every target. Never tunes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from doit.cmd_run import Run
+from doit.control import TaskControl
+from doit.dependency import Dependency
+from doit.globals import Globals
+from doit.runner import MThreadRunner
+from doit.task import Stream
+
+from pipeline.errors import TvmakeError
+from pipeline.workspace import Part, Selection, Workspace, jobs, selecting
+
+OK, FAILED, ERROR, INTERRUPTED = 0, 1, 2, 130
+
+opt_target = {
+    "name": "targets",
+    "short": "t",
+    "long": "target",
+    "type": list,
+    "default": [],
+    "help": "build for this target only; may be given several times",
+}
+opt_jobs = {
+    "name": "jobs",
+    "short": "j",
+    "long": "jobs",
+    "type": int,
+    "default": 0,
+    "help": "how many actions run at once [default: TVMAKE_JOBS, or the number of processors]",
+}
+opt_dump = {
+    "name": "dump",
+    "short": "",
+    "long": "dump",
+    "type": str,
+    "default": "",
+    "help": "also write the IR after each stage into this folder, as TVMScript",
+}
+
+
+class Build(Run):
+    """doit's own run, over a workspace's tasks, in two rounds: operators are known only after extraction."""
+
+    doc_purpose = "build the models' libraries; never tunes"
+    doc_usage = "[MODEL...]"
+    doc_description = """\
+Builds artifacts/<target>/<model> for every model that dodo.py names and every target in targets/,
+or for the models that are named here. Only what changed is compiled; the rest comes from the store.
+
+  doit build                         everything
+  doit build squeezenet              one model, for all targets
+  doit build -t native               all models, for one target
+  doit build --dump ir               also write the IR after each stage into ir/
+
+Exit code: 0 built or nothing to do, 1 some model failed (the others are built), 2 the workspace or
+the machine is at fault, 130 interrupted. What was done is kept in every case.
+"""
+    cmd_options = (opt_target, opt_jobs, opt_dump)
+    name = "build"
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        models = frozenset(args) or None
+        self._selection = Selection(Part.FRONT, models, frozenset(params["targets"]) or None)
+        try:
+            with selecting(self._selection), _terminated_like_interrupted():
+                code: int = super().execute(params, [])
+                return code
+        except TvmakeError as error:
+            print(f"ERROR: {error}", file=sys.stderr)
+            return ERROR
+
+    def _execute(self, jobs: int, dump: str) -> int:  # type: ignore[override]
+        workspace = self._workspace()
+        session = _Session(self, workspace, jobs)
+        try:
+            front = session.run(self.task_list)
+            with selecting(Selection(Part.BACK, self._selection.models, self._selection.targets)):
+                back = self.loader.load_tasks(cmd=self, pos_args=[])
+            code = max(front, session.run(back))
+            if dump:
+                self._dump(workspace, Path(dump))
+        except KeyboardInterrupt:
+            session.progress.say("interrupted; what was finished is kept, and `doit build` goes on from there")
+            return INTERRUPTED
+        finally:
+            workspace.stop()
+            self.dep_manager.close()
+        session.sum_up(self._selection)
+        return code
+
+    def save(self) -> None:
+        """Writes doit's database, and opens it again: a round that is over is not lost when the next one is killed."""
+        done = self.dep_manager
+        done.close()
+        self.dep_manager = Globals.dep_manager = Dependency(
+            done.db_class, done.backend.name, type(done.checker), type(done.backend.codec)
+        )
+
+    def _workspace(self) -> Workspace:
+        found = [value for value in self.loader.namespace.values() if isinstance(value, Workspace)]
+        if len({id(value) for value in found}) != 1:
+            many = "no Workspace" if not found else "several Workspaces"
+            raise TvmakeError(
+                f"dodo.py has {many}", hint="write: workspace = Workspace(Model.onnx('name', 'model.onnx'))"
+            )
+        return found[0]
+
+    def _dump(self, workspace: Workspace, folder: Path) -> None:
+        for target, model in workspace.pairs(self._selection):
+            count = workspace.build.dump(target, model, folder / target / model.name)
+            print(f"wrote the IR of {target}:{model.name} to {folder / target / model.name} ({count} files)", file=sys.stderr)
+
+
+class _Session:
+    """One run of the command: rounds of doit tasks, in threads that wait for worker processes."""
+
+    def __init__(self, command: Build, workspace: Workspace, wanted: int) -> None:
+        from pipeline.progress import Progress
+
+        self.command = command
+        self.workspace = workspace
+        self.progress = Progress()
+        self.failures: list[str] = []
+        self._jobs = wanted or jobs()
+
+    def run(self, tasks: list[Any]) -> int:
+        """Runs tasks, and returns doit's result. One that fails stops only what depends on it."""
+        ours = [task for task in tasks if any(isinstance(action, _stage_action()) for action in task.actions)]
+        if not ours:
+            return OK
+        self.workspace.build.memoizer.watcher = self.progress
+        self.workspace.build.memoizer.workers.limit = self._jobs
+        control = TaskControl([*ours, *(task for task in tasks if task.has_subtask)])
+        control.process([task.name for task in ours])
+        runner = MThreadRunner(
+            self.command.dep_manager, _Reporter(self), True, False, Stream(0), num_process=self._jobs
+        )
+        self.progress.start(len(ours))
+        try:
+            runner.run_tasks(control.task_dispatcher())
+        finally:
+            self.progress.stop()
+            runner.teardown()
+            self.command.save()
+        return int(runner.final_result)
+
+    def sum_up(self, selection: Selection) -> None:
+        """The last line."""
+        count = len(self.workspace.pairs(selection))
+        if self.workspace.has_built:
+            tally = self.workspace.build.memoizer.tally
+            compiled, cached = tally.ran["codegen"], tally.hits["codegen"]
+            corrupt = self.workspace.build.memoizer.store.counts.corrupt
+            notes = f"; {corrupt} corrupt entries of the store set aside" if corrupt else ""
+            failed = f", {len(self.failures)} tasks failed" if self.failures else ""
+            self.progress.say(
+                f"{count} artifacts{failed}: {compiled} operators compiled, {cached} cached, "
+                f"{tally.ran['link']} libraries linked, in {self.progress.elapsed:.1f} s{notes}"
+            )
+        else:
+            self.progress.say(f"{count} artifacts up to date, nothing to do")
+
+
+def _stage_action() -> type:
+    from pipeline.tasks import StageAction
+
+    return StageAction
+
+
+class _Reporter:
+    """doit's reports: failures in words, the rest is the progress's to show."""
+
+    desc = "tvmake"
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+
+    def add_failure(self, task: Any, fail: Any) -> None:
+        self._session.progress.task_done()
+        if fail.get_name() != "UnmetDependency":
+            self._session.failures.append(task.name)
+            self._session.progress.say(f"FAILED {task.name}: {fail.message}")
+
+    def add_success(self, task: Any) -> None:
+        self._session.progress.task_done()
+
+    skip_uptodate = skip_ignore = add_success
+
+    def runtime_error(self, message: str) -> None:
+        self._session.progress.say(f"ERROR: {message}")
+
+    def cleanup_error(self, exception: Any) -> None:
+        self._session.progress.say(f"ERROR: {exception.get_msg()}")
+
+    def _ignored(self, *_: Any) -> None:
+        return None
+
+    initialize = get_status = execute_task = teardown_task = complete_run = _ignored
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends a build as Ctrl-C does: workers are stopped, and what was finished is recorded."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

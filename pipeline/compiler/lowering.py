@@ -1,0 +1,275 @@
+"""A Relax module without weights → two bytecode objects, and the unique functions that they call.
+
+The module's entry function takes the model's inputs and then its weights. What depends on weights alone is lifted into
+a function of its own, `prepare`, which runs once when an artifact is linked; what is left is inference.
+
+Everything of Relax that is applied, in order, stands in the three tuples below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import tvm
+from tvm import relax
+from tvm.relax import transform
+from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
+from tvm.relax.vm_build import _ffi_api as vm_api
+from tvm.relax.vm_build import _vmcodegen
+
+from pipeline.compiler import ir, objects, passes, targets
+from pipeline.errors import ModelError
+from pipeline.hashing import Digest
+from pipeline.types import TensorSpec, symbol_of
+
+ENTRY = "main"
+PREPARE = "prepare"
+
+# 1. Rewrites while operators are still whole.
+CANONICALISE = (
+    passes.fold_batch_norm,
+    transform.DecomposeOpsForInference(),
+    transform.DeadCodeElimination(),
+)
+# 2. What depends on weights alone leaves the entry function.
+LIFT = (transform.LiftTransformParams(),)
+# 3. Operators become functions, and neighbours are fused.
+LEGALISE = (
+    relax.backend.DispatchSampling(),
+    relax.backend.DispatchSortScan(),
+    transform.LegalizeOps(),
+    transform.AnnotateTIROpPattern(),
+    transform.FuseOps(),
+    transform.FuseTIR(),
+)
+
+
+@dataclass(frozen=True)
+class Function:
+    """One unique function: its canonical bytes and what a person wants to know of it."""
+
+    name: str
+    canonical: bytes
+    structural_hash: str
+    shapes: tuple[str, ...]
+    calls: int  # per inference
+    prepares: bool  # whether the preparation of weights calls it
+
+
+@dataclass
+class Lowered:
+    """What lowering makes of a module. Weights are named as the model names them, or by index among what is packed."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[tuple[TensorSpec, str, int], ...]  # spec, name in the model or "", index among the packed or -1
+    packing: tuple[str, ...]
+    main: bytes
+    prepare: bytes
+    functions: dict[str, Function] = field(default_factory=dict)  # by digest, in the order of the first call
+
+
+def lower(
+    mod: tvm.IRModule, weights: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, object]
+) -> Lowered:
+    """Lowers a module whose entry function `main` takes the inputs and then the named weights, in order.
+
+    `outputs` names what the entry function returns.
+    Raises ModelError for an operator that TVM cannot lower or a shape that is still open.
+    """
+    target = targets.load(attributes)
+    count = len(mod[ENTRY].params) - len(weights)
+    inputs = tuple(_spec(var.name, var.ty, "input") for var in mod[ENTRY].params[:count])
+    mod[ENTRY] = mod[ENTRY].with_attr("num_input", count)
+    mod = _apply(CANONICALISE, mod, target)
+    if weights:
+        mod = _apply(LIFT, mod, target)
+    main, uses, prepare = _split(mod, count, weights)
+    returned = _returned(main[ENTRY], outputs)
+    lowered = Lowered(inputs, returned, uses, tuple(weights) if prepare else (), b"", b"")
+    lowered.main = _finish(main, ENTRY, target, attributes, lowered)
+    if prepare:
+        lowered.prepare = _finish(prepare, PREPARE, target, attributes, lowered)
+    return lowered
+
+
+def _apply(phases: Iterable[tvm.ir.transform.Pass], mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    with target, tvm.transform.PassContext(opt_level=3):
+        for phase in phases:
+            mod = phase(mod)
+    return mod
+
+
+def _split(
+    mod: tvm.IRModule, count: int, weights: Sequence[str]
+) -> tuple[tvm.IRModule, tuple[tuple[TensorSpec, str, int], ...], tvm.IRModule | None]:
+    """Parts a lifted module into inference and preparation.
+
+    A weight that inference takes as it is needs no preparation, and one that nothing reads is dropped. Returns the two
+    modules, None for a preparation that does nothing, and where each weight argument of inference comes from.
+    """
+    functions = {gvar: func for gvar, func in mod.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
+    entry = mod[ENTRY]
+    read = set(relax.analysis.free_vars(entry.body))
+    kept = [(i, var) for i, var in enumerate(entry.params[count:]) if var in read]
+    specs = [_spec(f"weight {i}", var.ty, "weight") for i, var in kept]
+    params = [*entry.params[:count], *(var for _, var in kept)]
+    slim = relax.Function(params, entry.body, entry.ret_ty, entry.is_pure, entry.attrs)
+    main = transform.DeadCodeElimination([ENTRY])(tvm.IRModule({**functions, ENTRY: slim}))
+    lifted = next((func for gvar, func in mod.functions_items() if gvar.name_hint == f"{ENTRY}_transform_params"), None)
+    if lifted is None:
+        return main, tuple((_renamed(s, weights[i]), weights[i], -1) for s, (i, _) in zip(specs, kept, strict=True)), None
+
+    bound = {b.var: b.value for block in lifted.body.blocks for b in block.bindings}
+    made = _resolved(lifted.body.body, bound)
+    uses, packed = [], []
+    for spec, (i, _) in zip(specs, kept, strict=True):
+        source = bound.get(made.fields[i])
+        if isinstance(source, relax.TupleGetItem) and source.tuple_value.same_as(lifted.params[0]):
+            name = weights[int(source.index)]
+            uses.append((_renamed(spec, name), name, -1))
+        else:
+            uses.append((_renamed(spec, f"packed_{len(packed)}"), "", len(packed)))
+            packed.append(made.fields[i])
+    if not packed:
+        return main, tuple(uses), None
+    # The same bindings, returning only what must be computed; dead code goes.
+    result = relax.Var("packed", relax.TupleType([field.ty for field in packed]))
+    bindings = [b for block in lifted.body.blocks for b in block.bindings if not b.var.same_as(lifted.body.body)]
+    block = relax.DataflowBlock([*bindings, relax.VarBinding(result, relax.Tuple(packed))])
+    body = relax.SeqExpr([block], result)
+    func = relax.Function(lifted.params, body, result.ty, lifted.is_pure).with_attr("global_symbol", PREPARE)
+    prepare = transform.DeadCodeElimination([PREPARE])(tvm.IRModule({**functions, PREPARE: func}))
+    return main, tuple(uses), prepare
+
+
+def _resolved(expr: relax.Expr, bound: Mapping[relax.Var, relax.Expr]) -> relax.Expr:
+    while isinstance(expr, relax.Var):
+        expr = bound[expr]
+    return expr
+
+
+def _finish(
+    mod: tvm.IRModule,
+    entry: str,
+    target: tvm.target.Target,
+    attributes: Mapping[str, object],
+    lowered: Lowered,
+) -> bytes:
+    """Legalises, fuses and finalises one module, notes its functions, and returns its bytecode as an object."""
+    mod = _apply(LEGALISE, mod, target)
+    _require_legal(mod)
+    # 4. TVM's own last steps for a CPU: memory is planned, and calls become the virtual machine's.
+    mod = _apply([*cpu_generic.dataflow_lower_passes(target), *cpu_generic.finalize_passes(target)], mod, target)
+    calls = _calls(mod)
+    symbols = {}
+    for gvar in sorted(calls, key=lambda gvar: calls[gvar][0]):
+        func = mod[gvar]
+        canonical = ir.canonical(func)
+        digest = Digest.of(canonical).hash
+        _, times = calls[gvar]
+        known = lowered.functions.get(digest)
+        lowered.functions[digest] = Function(
+            known.name if known else readable_name(gvar.name_hint),
+            canonical,
+            known.structural_hash if known else ir.structural_hash(func),
+            known.shapes if known else ir.shapes(func),
+            (known.calls if known else 0) + (times if entry == ENTRY else 0),
+            (known.prepares if known else False) or entry == PREPARE,
+        )
+        symbols[gvar] = symbol_of(digest)
+    builder = relax.ExecBuilder()
+    _vmcodegen(builder, passes.call_by_symbol(mod, symbols))
+    executable = vm_api.VMLink(builder, target, None, [], {})
+    return objects.pack_bytecode(executable, attributes)
+
+
+def _calls(mod: tvm.IRModule) -> dict[tvm.ir.GlobalVar, tuple[int, int]]:
+    """For each PrimFunc that is called: when it is first called, and how often."""
+    calls: dict[tvm.ir.GlobalVar, tuple[int, int]] = {}
+
+    def visit(node: relax.Expr) -> None:
+        if isinstance(node, relax.Call):
+            for callee in (node.op, *node.args):
+                if isinstance(callee, tvm.ir.GlobalVar) and isinstance(mod[callee], tvm.tirx.PrimFunc):
+                    first, times = calls.get(callee, (len(calls), 0))
+                    calls[callee] = (first, times + 1)
+
+    for _, func in sorted(mod.functions_items(), key=lambda item: item[0].name_hint):
+        if isinstance(func, relax.Function):
+            relax.analysis.post_order_visit(func.body, visit)
+    return calls
+
+
+# Operators that later passes or the virtual machine take as they are.
+_LATER = (
+    "relax.call_tir",
+    "relax.call_dps_packed",
+    "relax.call_pure_packed",
+    "relax.call_inplace_packed",
+    "relax.call_builtin_with_ctx",
+    "relax.invoke",
+    "relax.null_value",
+    "relax.reshape",
+    "relax.shape_of",
+    "relax.tensor_to_shape",
+    "relax.shape_to_tensor",
+    "relax.memory.",
+    "relax.vm.",
+    "relax.builtin.",
+    "relax.to_vdevice",
+    "relax.print",
+    "relax.assert_op",
+)
+
+
+def _require_legal(mod: tvm.IRModule) -> None:
+    left: set[str] = set()
+
+    def visit(node: relax.Expr) -> None:
+        if isinstance(node, relax.Call) and isinstance(node.op, tvm.ir.Op) and not node.op.name.startswith(_LATER):
+            left.add(node.op.name)
+
+    for _, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            relax.analysis.post_order_visit(func.body, visit)
+    if left:
+        raise ModelError(
+            f"TVM has no code for the operator {', '.join(sorted(left))} with these arguments",
+            hint="replace it in the model by operators that TVM lowers",
+        )
+
+
+def _returned(func: relax.Function, names: Sequence[str]) -> tuple[TensorSpec, ...]:
+    ty = func.ret_ty
+    fields = list(ty.fields) if isinstance(ty, relax.TupleType) else [ty]
+    chosen = list(names) if len(names) == len(fields) else [f"output_{i}" for i in range(len(fields))]
+    return tuple(_spec(name, field, "output") for name, field in zip(chosen, fields, strict=True))
+
+
+def _spec(name: str, ty: relax.Type, role: str) -> TensorSpec:
+    if not isinstance(ty, relax.TensorType):
+        raise ModelError(f"the {role} {name} is a {type(ty).__name__}, not a tensor", hint="return tensors only")
+    if ty.shape is None or not all(isinstance(extent, tvm.tirx.IntImm) for extent in ty.shape.values):
+        raise ModelError(
+            f"the {role} {name} has the open shape {ty.shape}",
+            hint="give the model's inputs fixed shapes: shapes={'input': (1, 3, 224, 224)}",
+        )
+    return TensorSpec(str(name), tuple(int(extent) for extent in ty.shape.values), str(ty.dtype))
+
+
+def _renamed(spec: TensorSpec, name: str) -> TensorSpec:
+    return TensorSpec(name, spec.shape, spec.dtype)
+
+
+def readable_name(name: str) -> str:
+    """A function's name without the numbers that tell namesakes apart.
+
+    fused_conv2d12_add3_relu7 → fused_conv2d_add_relu,  log2 → log2, expand_dims1 → expand_dims
+    """
+    return "_".join(_WITHOUT_COUNTER.sub(r"\1", part) for part in name.split("_"))
+
+
+_WITHOUT_COUNTER = re.compile(r"^(.*?[123]d|(?!log2$|log10$)[a-z]+?)\d+$")

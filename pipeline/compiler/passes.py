@@ -1,0 +1,151 @@
+"""Relax passes of our own: module → module, no side effects, usable as ordinary TVM passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import tvm
+from tvm import relax, te
+from tvm.relax.expr_functor import PyExprMutator, mutator, visitor, PyExprVisitor
+
+
+@tvm.transform.module_pass(opt_level=0, name="FoldBatchNorm")
+def fold_batch_norm(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    """Writes the batch normalisation of inference as one multiplication and one addition.
+
+        R.nn.batch_norm(x, gamma, beta, mean, var, axis=1, epsilon=e)[0]
+        →  x * scale + shift,  (scale, shift) = call_tir(fold_batch_norm, gamma, beta, mean, var)
+           scale = gamma / sqrt(var + e),  shift = beta - mean * scale, shaped to broadcast along the axis
+
+    Scale and shift depend on weights alone, so that lifting moves them out of inference, and one preparing function
+    for each number of channels takes the place of a chain of ten small operators.
+    """
+    rewriter = _BatchNormFolder(mod)
+    for gvar, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            rewriter.builder_.update_func(gvar, rewriter.visit_expr(func))
+    return rewriter.builder_.get()
+
+
+@mutator
+class _BatchNormFolder(PyExprMutator):
+    def __init__(self, mod: tvm.IRModule) -> None:
+        super().__init__(mod)
+        self._op = tvm.ir.Op.get("relax.nn.batch_norm")
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = super().visit_call_(call)
+        if not call.op.same_as(self._op) or call.attrs.training:
+            return call
+        x, gamma, beta, mean, var = call.args
+        rank, dtype = x.ty.ndim, x.ty.dtype
+        if rank < 0 or any(arg.ty.dtype != dtype for arg in (gamma, beta, mean, var)):
+            return call
+        axis = int(call.attrs.axis) % rank
+        channels = gamma.ty.shape.values[0]
+        shape = [channels if i == axis else tvm.tirx.IntImm("int64", 1) for i in range(rank)]
+        center, scaled, epsilon = bool(call.attrs.center), bool(call.attrs.scale), float(call.attrs.epsilon)
+
+        def fold(gamma: te.Tensor, beta: te.Tensor, mean: te.Tensor, var: te.Tensor) -> list[te.Tensor]:
+            def scale_at(*i: tvm.tirx.Var) -> tvm.tirx.PrimExpr:
+                inverse = tvm.tirx.const(1, dtype) / tvm.tirx.sqrt(var[i[axis]] + tvm.tirx.const(epsilon, dtype))
+                return gamma[i[axis]] * inverse if scaled else inverse
+
+            scale = te.compute(shape, scale_at, name="scale")
+            shift = te.compute(
+                shape,
+                lambda *i: (beta[i[axis]] if center else tvm.tirx.const(0, dtype)) - mean[i[axis]] * scale(*i),
+                name="shift",
+            )
+            return [scale, shift]
+
+        folded = self.builder_.emit(
+            self.builder_.call_te(fold, gamma, beta, mean, var, primfunc_name_hint="fold_batch_norm")
+        )
+        scale = self.builder_.emit(relax.TupleGetItem(folded, 0))
+        shift = self.builder_.emit(relax.TupleGetItem(folded, 1))
+        y = self.builder_.emit(relax.op.add(self.builder_.emit(relax.op.multiply(x, scale)), shift))
+        return relax.Tuple([y, mean, var])
+
+
+def call_by_symbol(mod: tvm.IRModule, symbols: Mapping[tvm.ir.GlobalVar, str]) -> tvm.IRModule:
+    """Has a module's Relax functions call its PrimFuncs by linkage name, and drops the PrimFuncs.
+
+        cls.fused_conv2d_add(x, w, y)  →  R.call_packed("tvmake_4b17c507…", x, w, y)
+    """
+    replacer = _CalleeReplacer(mod, {gvar: relax.ExternFunc(symbol) for gvar, symbol in symbols.items()})
+    functions = mod.functions_items()
+    return tvm.IRModule(
+        {gvar: replacer.visit_expr(func) for gvar, func in functions if isinstance(func, relax.Function)}, attrs=mod.attrs
+    )
+
+
+@mutator
+class _CalleeReplacer(PyExprMutator):
+    def __init__(self, mod: tvm.IRModule, callees: Mapping[tvm.ir.GlobalVar, relax.ExternFunc]) -> None:
+        super().__init__(mod)
+        self._callees = callees
+
+    def visit_global_var_(self, gvar: tvm.ir.GlobalVar) -> relax.Expr:
+        return self._callees.get(gvar, gvar)
+
+
+# Constants of this many bytes or fewer are part of the code, unless they are floating point: those are trained.
+_SMALL = 1024
+_FLOATS = ("float", "bfloat")
+
+
+def detach_constants(mod: tvm.IRModule, entry: str, prefix: str) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
+    """Makes parameters of the entry function of all constants that a retrained model would change.
+
+        R.multiply(x, R.const([...]))  →  def main(x, constant_0): R.multiply(x, constant_0)
+
+    Scalars stay, since legalisation writes them into the code, and so do small constants of integers, since operators
+    read shapes and axes from them. Equal constants become one parameter. Returns the module and the arrays by name.
+    """
+    func = mod[entry]
+    found: dict[bytes, tuple[relax.Var, np.ndarray]] = {}
+    collector = _ConstantCollector()
+    collector.visit_expr(func)
+    if not collector.constants:
+        return mod, {}
+    replacer = _ConstantReplacer(mod, {})
+    for constant in collector.constants:
+        array = constant.data.numpy()
+        identity = b"%s %r " % (str(array.dtype).encode(), array.shape) + array.tobytes()
+        if identity not in found:
+            found[identity] = (relax.Var(f"{prefix}{len(found)}", constant.ty), array)
+        replacer.variables[constant] = found[identity][0]
+    body = replacer.visit_expr(func.body)
+    params = [*func.params, *(var for var, _ in found.values())]
+    changed = relax.Function(params, body, func.ret_ty, func.is_pure, func.attrs)
+    replacer.builder_.update_func(mod.get_global_var(entry), changed)
+    return replacer.builder_.get(), {f"{prefix}{i}": array for i, (_, array) in enumerate(found.values())}
+
+
+def _is_trained(constant: relax.Constant) -> bool:
+    shape, dtype = constant.data.shape, str(constant.data.dtype)
+    if len(shape) == 0:
+        return False
+    return dtype.startswith(_FLOATS) or int(np.prod(shape)) > _SMALL
+
+
+@visitor
+class _ConstantCollector(PyExprVisitor):
+    def __init__(self) -> None:
+        self.constants: list[relax.Constant] = []
+
+    def visit_constant_(self, constant: relax.Constant) -> None:
+        if _is_trained(constant):
+            self.constants.append(constant)
+
+
+@mutator
+class _ConstantReplacer(PyExprMutator):
+    def __init__(self, mod: tvm.IRModule, variables: dict[relax.Constant, relax.Var]) -> None:
+        super().__init__(mod)
+        self.variables = variables
+
+    def visit_constant_(self, constant: relax.Constant) -> relax.Expr:
+        return self.variables.get(constant, constant)

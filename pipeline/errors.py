@@ -1,0 +1,93 @@
+"""Every error that a user can see, in one tree.
+
+    TvmakeError
+    ├── ConfigError          dodo.py or a targets/*.toml says something that cannot be meant
+    ├── SetupError           this machine lacks something: a package, a compiler, the right pair of TVM and FFI
+    ├── ModelError           a model cannot be read or imported: broken file, unsupported operator, open shape
+    ├── StageError           a stage failed for one operator or one model
+    │   ├── WorkerDiedError  the process that ran it died
+    │   └── CheckError       the artifact and the reference disagree
+    ├── StoreError           the store cannot be used as it is: format, permissions, space
+    └── ArtifactError        a built artifact cannot be loaded or called
+
+An error is a sentence about what is wrong and, where there is one, a `hint`: what to type or change next.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class TvmakeError(Exception):
+    """Base of all errors that are reported without a traceback."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  → {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors travel from worker processes; keyword-only arguments need help to survive pickling.
+        return _restore, (type(self), self.__dict__)
+
+
+def _restore(cls: type[TvmakeError], state: dict[str, object]) -> TvmakeError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, state.get("message", ""))
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(TvmakeError):
+    """The workspace says something that cannot be meant."""
+
+
+class SetupError(TvmakeError):
+    """This machine lacks something that the work needs."""
+
+
+class ModelError(TvmakeError):
+    """A model cannot be read or imported."""
+
+
+class StageError(TvmakeError):
+    """A stage failed. Names the stage, what it worked on, the target and the short key."""
+
+    def __init__(self, message: str, *, stage: str, subject: str, key: str = "", hint: str = "") -> None:
+        where = f"{stage} of {subject}" + (f" (key {key[:12]})" if key else "")
+        super().__init__(f"{where} failed: {message}", hint=hint)
+        self.stage = stage
+        self.subject = subject
+        self.key = key
+
+
+class WorkerDiedError(StageError):
+    """The process that ran a stage died: a signal, memory, or a crash of the compiler."""
+
+
+class CheckError(StageError):
+    """An artifact's outputs and the reference's disagree."""
+
+
+class StoreError(TvmakeError):
+    """The store cannot be used as it is."""
+
+
+class ArtifactError(TvmakeError):
+    """A built artifact cannot be loaded or called."""
+
+
+def explain_os_error(error: OSError, doing: str) -> StoreError:
+    """Turns an operating system's refusal into a sentence and a hint."""
+    hints = {
+        errno.ENOSPC: "free some space, or set TVMAKE_CACHE to a folder on a larger disk",
+        errno.EDQUOT: "the disk quota is used up; free some space or set TVMAKE_CACHE to another disk",
+        errno.EROFS: "the file system is read-only; choose a folder that can be written",
+        errno.EACCES: "check who owns the folder and its permissions",
+        errno.EPERM: "check who owns the folder and its permissions",
+    }
+    place = f" ({error.filename})" if error.filename else ""
+    return StoreError(f"{doing}: {error.strerror or error}{place}", hint=hints.get(error.errno or 0, ""))

@@ -1,0 +1,166 @@
+"""The one place where a stage becomes a cached one: key, look up, run, store.
+
+    key      named components: stage, version, inputs by digest, options, and for binaries the tools
+    look up  an entry all of whose blobs are there and whole is a hit
+    run      under a lock, so that two builds at once do not do the same work; in a process that may die
+    store    blobs first, the entry last, by the process that ran the stage: what is done stays done
+
+Every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.errors import StageError, TvmakeError, WorkerDiedError
+from pipeline.hashing import Digest, key_of
+from pipeline.stages import Home, Inputs, Kind, Stage
+from pipeline.store import ActionEntry, Store
+
+if TYPE_CHECKING:
+    from pipeline.toolchain import Toolchain
+    from pipeline.workers import Workers
+
+
+@dataclass(frozen=True)
+class Action:
+    """One stage on given inputs. `subject` is what a person calls it; it never enters the key."""
+
+    stage: Stage
+    subject: str
+    inputs: Mapping[str, Digest] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    timeout: float = 1800.0  # seconds; what takes longer is stopped. Not in the key either
+
+    def components(self, toolchain: Toolchain) -> dict[str, object]:
+        """Everything that can change the result, by name."""
+        components: dict[str, object] = {
+            "stage": self.stage.name,
+            "version": self.stage.version,
+            "inputs": {name: digest.hash for name, digest in self.inputs.items()},
+            "options": dict(self.options),
+        }
+        if self.stage.kind is Kind.BINARY:
+            components["tools"] = toolchain.pick(self.stage.tools)
+        return components
+
+
+class Watcher(Protocol):
+    """Is told of every action as it begins and ends. Called from any thread."""
+
+    def started(self, action: Action) -> None: ...
+
+    def finished(self, action: Action, hit: bool, seconds: float) -> None: ...
+
+    def failed(self, action: Action) -> None: ...
+
+
+@dataclass
+class Tally:
+    """What the memoizer did so far, by stage."""
+
+    hits: Counter[str] = field(default_factory=Counter)
+    ran: Counter[str] = field(default_factory=Counter)
+    saved_seconds: float = 0.0
+
+
+class Memoizer:
+    """Runs actions through the store. Knows stages only by their contract."""
+
+    def __init__(self, store: Store, workers: Workers, toolchain: Toolchain) -> None:
+        self.store = store
+        self.workers = workers
+        self.toolchain = toolchain
+        self.tally = Tally()
+        self.watcher: Watcher | None = None
+        self._counting = threading.Lock()
+        self._known: dict[str, ActionEntry] = {}
+
+    def run(self, action: Action) -> ActionEntry:
+        """The entry of an action, from the store or by running it.
+
+        Raises what the stage raises: a TvmakeError as it is, anything else as a StageError that names the stage, its
+        subject and its key; WorkerDiedError where the process that ran it died.
+        """
+        components = action.components(self.toolchain)
+        key = key_of(components)
+        if action.stage.kind is Kind.SOURCE:
+            return self._watched(action, key, components)
+        if (entry := self._known.get(key)) is not None:
+            return entry
+        entry = self.store.lookup(key)
+        if entry is None:
+            with self.store.locked(key):
+                entry = self.store.lookup(key)
+                if entry is None:
+                    return self._watched(action, key, components)
+        with self._counting:
+            self.tally.hits[action.stage.name] += 1
+            self.tally.saved_seconds += entry.seconds
+            self._known[key] = entry
+        if self.watcher is not None:
+            self.watcher.finished(action, True, entry.seconds)
+        return entry
+
+    def is_known(self, action: Action) -> bool:
+        """Whether running the action would be a hit."""
+        return self.store.lookup(key_of(action.components(self.toolchain))) is not None
+
+    def blob(self, digest: Digest) -> bytes:
+        """The bytes of a blob that an action of this build made or was given."""
+        data = self.store.get(digest)
+        if data is None:
+            raise TvmakeError(f"blob {digest} is missing from the store", hint="run the same command again")
+        return data
+
+    def _watched(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
+        if self.watcher is None:
+            return self._perform(action, key, components)
+        self.watcher.started(action)
+        try:
+            entry = self._perform(action, key, components)
+        except BaseException:
+            self.watcher.failed(action)
+            raise
+        self.watcher.finished(action, False, entry.seconds)
+        return entry
+
+    def _perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
+        if action.stage.home is Home.INLINE:
+            entry = perform(self.store, action, key, components)
+        else:
+            entry = self.workers.perform(action, key, components)
+        with self._counting:
+            self.tally.ran[action.stage.name] += 1
+            if action.stage.kind is not Kind.SOURCE:
+                self._known[key] = entry
+        return entry
+
+
+def perform(store: Store, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
+    """Runs a stage here and now, stores what it made, and returns the entry. This is what a worker process does."""
+    begun = time.perf_counter()
+    try:
+        made = action.stage.load()(Inputs(store, action.inputs), action.options)
+        outputs = {name: store.put(data) for name, data in made.items()}
+    except (TvmakeError, WorkerDiedError):
+        raise
+    except MemoryError as error:
+        raise StageError("out of memory", stage=action.stage.name, subject=action.subject, key=key) from error
+    except Exception as error:
+        raise StageError(_last_line(error), stage=action.stage.name, subject=action.subject, key=key) from error
+    entry = ActionEntry(action.stage.name, components, outputs, time.perf_counter() - begun)
+    if action.stage.kind is not Kind.SOURCE:
+        store.commit(key, entry)
+    return entry
+
+
+def _last_line(error: Exception) -> str:
+    """What an exception says, without the trace of C++ frames that TVM puts before it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"

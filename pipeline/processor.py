@@ -1,0 +1,64 @@
+"""Whether this processor can run what was compiled for a target: read from /proc/cpuinfo, without LLVM.
+
+A library for a newer processor loads and then dies of an illegal instruction, so what is known to be missing is said
+before. What is not known here (another system, an unlisted processor) is let through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# https://gitlab.com/x86-psABIs/x86-64-ABI, "micro-architecture levels", in the words of /proc/cpuinfo. What vector
+# code of LLVM uses first, not every flag of a level.
+_V2 = ("sse4_1", "sse4_2", "ssse3", "popcnt")
+_V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_PROCESSORS = (
+    (r"x86-64-v2|nehalem|westmere|sandybridge|ivybridge", _V2),
+    (r"x86-64-v3|haswell|broadwell|skylake|alderlake|raptorlake|meteorlake|arrowlake.*|lunarlake|znver[123]", _V3),
+    (r"x86-64-v4|skylake-avx512|cascadelake|cooperlake|icelake-\w+|tigerlake|rocketlake", _V4),
+    (r"sapphirerapids|emeraldrapids|graniterapids.*|znver[45]", (*_V4, "avx512_bf16", "avx512_vnni")),
+)
+
+
+def missing_features(target: Mapping[str, Any]) -> list[str]:
+    """What the code for a target uses and this processor lacks, as far as the target's mcpu and mattr tell."""
+    have = _features()
+    if not have:
+        return []
+    needed = list(_implied(str(target.get("mcpu", ""))))
+    attributes = target.get("mattr", ())
+    for attribute in attributes.split(",") if isinstance(attributes, str) else attributes:
+        name = str(attribute).strip()
+        if name.startswith("-"):
+            needed = [feature for feature in needed if _plain(feature) != _plain(name)]
+        elif _plain(name).startswith(("avx", "amx")):
+            needed.append(name.lstrip("+"))
+    return [feature for feature in needed if _plain(feature) not in have]
+
+
+def _implied(mcpu: str) -> tuple[str, ...]:
+    for pattern, features in _PROCESSORS:
+        if re.fullmatch(pattern, mcpu):
+            return features
+    return ()
+
+
+def _plain(name: str) -> str:
+    """LLVM's and Linux's spellings of a feature agree without signs: +avx512vnni, avx512_vnni."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+@cache
+def _features() -> frozenset[str]:
+    """The plain names of this processor's features; none where they cannot be told."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(_plain(flag) for flag in found[1].split()) if found else frozenset()

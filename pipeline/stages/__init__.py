@@ -1,0 +1,111 @@
+"""The stages of a build, in order, each a pure function of named blobs and plain options.
+
+    resolve   target as written            → target as TVM understands it, for this machine where it says `native`
+    read      model as declared            → skeleton without weights, and weights
+    extract   skeleton, target             → plan, bytecode objects, n unique workloads
+    apply     workload, strategy, target   → a candidate function, or not applicable
+    dispatch  candidates                   → the one to compile, and why
+    codegen   function, target             → one object
+    pack      preparation, weights         → weights as the entry function wants them
+    link      objects                      → one shared library
+    check     library, weights, model      → how far the outputs are from a reference's
+
+A stage knows nothing of doit, of caches or of where its blobs lie. Its module has one function `run(inputs, options)`
+that returns its outputs by name. What a stage declares here decides how it is keyed and where it runs.
+
+Raise a stage's version when the same inputs would give other bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.hashing import Digest
+from pipeline.store import Store
+
+
+class Home(enum.Enum):
+    """Where a stage runs."""
+
+    COMPILER = "compiler"  # a process that has TVM loaded and is used again
+    FRESH = "fresh"  # a process of its own: it runs code that was built, or it needs no TVM
+    INLINE = "inline"  # a thread of the build: it takes microseconds and needs nothing
+
+
+class Kind(enum.Enum):
+    """What a stage's results depend on, besides its inputs and options."""
+
+    BINARY = "binary"  # on the tools that made them: rebuilt when one changes
+    DECISION = "decision"  # on nothing else: kept when a tool changes
+    SOURCE = "source"  # on the world outside the store, a file or a user's function: never looked up
+
+
+class Inputs(Mapping[str, bytes]):
+    """A stage's inputs by name: bytes when indexed, a file to be mapped for those too large to hold."""
+
+    def __init__(self, store: Store, digests: Mapping[str, Digest]) -> None:
+        self._store = store
+        self._digests = digests
+
+    def __getitem__(self, name: str) -> bytes:
+        data = self._store.get(self._digests[name])
+        if data is None:
+            raise FileNotFoundError(f"input {name} ({self._digests[name]}) has vanished from the store")
+        return data
+
+    def file(self, name: str) -> Path:
+        path = self._store.path(self._digests[name])
+        if path is None:
+            raise FileNotFoundError(f"input {name} ({self._digests[name]}) has vanished from the store")
+        return path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._digests)
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+
+Options = Mapping[str, object]
+Outputs = Mapping[str, bytes | memoryview]
+
+
+class Run(Protocol):
+    """The signature of a stage."""
+
+    def __call__(self, inputs: Inputs, options: Options) -> Outputs: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the memoizer must know of a stage. `tools` names the parts of the toolchain that enter its key."""
+
+    name: str
+    version: int
+    kind: Kind
+    home: Home
+    tools: tuple[str, ...] = ()
+
+    def load(self) -> Run:
+        run: Run = importlib.import_module(f"pipeline.stages.{self.name}").run
+        return run
+
+
+_TVM = ("tvm", "tvm-ffi", "libtvm")
+
+RESOLVE = Stage("resolve", 1, Kind.BINARY, Home.COMPILER, (*_TVM, "host"))
+READ = Stage("read", 1, Kind.SOURCE, Home.COMPILER)
+EXTRACT = Stage("extract", 1, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "onnxsim", "torch"))
+APPLY = Stage("apply", 1, Kind.DECISION, Home.COMPILER)
+DISPATCH = Stage("dispatch", 1, Kind.DECISION, Home.INLINE)
+CODEGEN = Stage("codegen", 1, Kind.BINARY, Home.COMPILER, _TVM)
+PACK = Stage("pack", 1, Kind.BINARY, Home.FRESH, (*_TVM, "cc", "host"))
+LINK = Stage("link", 1, Kind.BINARY, Home.FRESH, ("cc",))
+CHECK = Stage("check", 1, Kind.BINARY, Home.FRESH, (*_TVM, "host", "onnx", "onnxruntime", "torch"))
+
+STAGES = (RESOLVE, READ, EXTRACT, APPLY, DISPATCH, CODEGEN, PACK, LINK, CHECK)

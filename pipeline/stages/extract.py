@@ -1,0 +1,67 @@
+"""extract: a skeleton and a target → the plan, the bytecode objects, and each unique workload."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import msgspec
+
+from pipeline.compiler import passes
+from pipeline.compiler.frontends import raw
+from pipeline.compiler.lowering import ENTRY, lower
+from pipeline.hashing import Digest
+from pipeline.stages import Inputs, Options, Outputs
+from pipeline.types import ModelKind, Plan, TensorSpec, Weight, WeightUse, Workload
+
+
+def run(inputs: Inputs, options: Options) -> Outputs:
+    """Inputs: skeleton. Options: kind; weights, names in order; target, its attributes.
+
+    Outputs: plan; main, and prepare where weights need preparation; f<digest> for each workload; c0, c1, … for the
+    constants that lowering made.
+    """
+    kind = ModelKind(cast(str, options["kind"]))
+    weights = cast("list[str]", options["weights"])
+    if kind is ModelKind.ONNX:
+        from pipeline.compiler.frontends import onnx
+
+        mod, returned = onnx.load(inputs["skeleton"])
+        mod, constants = passes.detach_constants(mod, ENTRY, "constant_")
+    else:
+        from pipeline.compiler.frontends import relax
+
+        mod, returned = relax.load(inputs["skeleton"])
+        constants = {}
+    lowered = lower(mod, [*weights, *constants], returned, cast("dict[str, object]", options["target"]))
+
+    outputs: dict[str, bytes | memoryview] = {"main": lowered.main}
+    if lowered.prepare:
+        outputs["prepare"] = lowered.prepare
+    made = []
+    for i, (name, array) in enumerate(constants.items()):
+        outputs[f"c{i}"] = data = raw(array)
+        made.append(Weight(TensorSpec(name, tuple(array.shape), str(array.dtype)), Digest.of(data)))
+    workloads = []
+    for digest, function in lowered.functions.items():
+        outputs[f"f{digest}"] = function.canonical
+        workloads.append(
+            Workload(
+                function.name,
+                Digest(digest, len(function.canonical)),
+                function.structural_hash,
+                function.shapes,
+                function.calls,
+                function.prepares,
+            )
+        )
+    plan = Plan(
+        inputs=lowered.inputs,
+        outputs=lowered.outputs,
+        weights=tuple(WeightUse(*use) for use in lowered.weights),
+        packing=lowered.packing,
+        constants=tuple(made),
+        workloads=tuple(workloads),
+        prepares=bool(lowered.prepare),
+    )
+    outputs["plan"] = msgspec.json.encode(plan)
+    return outputs

@@ -1,0 +1,102 @@
+"""read: a model as declared in dodo.py → its skeleton, its weights, and cases that came with it.
+
+The one stage that looks at the world outside the store: a file, or a function of the user's. It is never looked up;
+whether it needs to run at all is told by the stamps of what it read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+import numpy as np
+
+from pipeline.errors import ModelError, TvmakeError
+from pipeline.freshness import user_files
+from pipeline.stages import Inputs, Options, Outputs
+from pipeline.types import ModelKind
+
+if TYPE_CHECKING:
+    from pipeline.compiler.frontends import Case, Read
+
+
+def run(inputs: Inputs, options: Options) -> Outputs:
+    """Options: kind, path or function (pickled), shapes, cases (folders).
+
+    Outputs: skeleton; weights, JSON of their specs in order; w0, w1, …, their bytes; case0, …, as .npz; files, JSON of
+    the files that were read and of those Python files that the user's function imported.
+    """
+    before = set(sys.modules)
+    read = _read(options)
+    outputs: dict[str, bytes | memoryview] = {
+        "skeleton": read.skeleton,
+        "weights": msgspec.json.encode([spec for spec, _ in read.weights]),
+    }
+    outputs |= {f"w{i}": data for i, (_, data) in enumerate(read.weights)}
+    outputs |= {f"case{i}": _npz(case) for i, case in enumerate(read.cases)}
+    files = [str(path) for path in read.files] + user_files(set(sys.modules) - before)
+    outputs["files"] = msgspec.json.encode(sorted(set(files)))
+    return outputs
+
+
+def _read(options: Options) -> Read:
+    kind = ModelKind(cast(str, options["kind"]))
+    source = Path(cast(str, options["path"])) if options.get("path") else _Called(cast(bytes, options["function"]))
+    shapes = {name: tuple(cast("list[int]", shape)) for name, shape in cast("dict[str, Any]", options["shapes"]).items()}
+    if kind is ModelKind.ONNX:
+        from pipeline.compiler.frontends import onnx
+
+        return onnx.read(source, shapes, [Path(case) for case in cast("list[str]", options["cases"])])
+    if kind is ModelKind.TORCH:
+        from pipeline.compiler.frontends import torch
+
+        return torch.read(source)
+    from pipeline.compiler.frontends import relax
+
+    assert isinstance(source, _Called)
+    return relax.read(source)
+
+
+class _Called:
+    """A function of the user's: called here, its own failures told apart from ours."""
+
+    def __init__(self, pickled: bytes) -> None:
+        self._pickled = pickled
+
+    def __call__(self) -> Any:
+        try:
+            function = pickle.loads(self._pickled)
+        except Exception as error:
+            raise ModelError(f"the function cannot be sent to a worker: {type(error).__name__}: {error}") from error
+        try:
+            return function()
+        except TvmakeError:
+            raise
+        except Exception as error:
+            place = _innermost(error)
+            raise ModelError(f"its function raised {type(error).__name__}: {error}{place}") from error
+
+
+def _innermost(error: BaseException) -> str:
+    trace = error.__traceback__
+    where = ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_filename != __file__ and "site-packages" not in code.co_filename:
+            where = f" (line {trace.tb_lineno} of {os.path.basename(code.co_filename)})"
+        trace = trace.tb_next
+    return where
+
+
+def _npz(case: Case) -> bytes:
+    stream = io.BytesIO()
+    arrays = {f"in:{name}": value for name, value in case.inputs.items()}
+    arrays |= {f"out:{name}": value for name, value in case.outputs.items()}
+    np.savez(stream, allow_pickle=False, origin=np.array(case.origin), **arrays)
+    return stream.getvalue()
+

@@ -1,0 +1,63 @@
+"""How a file comes to be in the store: written under a name of its own, synced, then renamed. Never half visible."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_HOST = socket.gethostname().replace(os.sep, "-")
+_LEFTOVER_SECONDS = 24 * 60 * 60
+
+
+def scratch_name() -> str:
+    """A file name that no other process on any machine that shares the disk will choose."""
+    return f"{_HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+@contextlib.contextmanager
+def written_atomically(final: Path, scratch: Path) -> Iterator[BinaryIO]:
+    """Opens a new file in the folder `scratch`; at the end of the block it stands at `final`, whole, or not at all.
+
+    Safe for any number of writers of one name: the last rename wins. A process that is killed leaves only a file in
+    `scratch`. Raises OSError as the system gives it, with nothing left behind.
+    """
+    temporary = scratch / scratch_name()
+    try:
+        with _new(temporary) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o444)
+        try:
+            os.replace(temporary, final)
+        except FileNotFoundError:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _new(path: Path) -> BinaryIO:
+    try:
+        return open(path, "xb")
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "xb")
+
+
+def remove_leftovers(scratch: Path) -> None:
+    """Removes files that processes which died left in `scratch`: those that nobody wrote to for a day. Never fails."""
+    latest = time.time() - _LEFTOVER_SECONDS
+    with contextlib.suppress(OSError), os.scandir(scratch) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.stat(follow_symlinks=False).st_mtime < latest:
+                    os.unlink(entry)

@@ -1,0 +1,222 @@
+"""The doit tasks of a workspace: a face for each stage of a build, under names that a person recognises.
+
+    resolve:<target>    read:<model>    extract:<target>:<model>
+    apply:  dispatch:  codegen:<target>:<operator>-<short key>
+    pack:   link:  check:  artifact:<target>:<model>
+
+doit gives order, parallel runs and what is up to date. A task's action asks the build for its stage's result, and the
+build knows what that needs, so a task run alone does what it takes. The tasks of operators are known from the last
+extraction, whose plan is remembered by digest; before the first build there are none.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from doit.action import BaseAction
+from doit.exceptions import TaskError, TaskFailed
+from doit.globals import Globals
+
+from pipeline import freshness
+from pipeline.errors import TvmakeError
+from pipeline.models import Model
+from pipeline.workspace import Part, Selection, Workspace
+
+if TYPE_CHECKING:
+    from pipeline.types import Plan, Workload
+
+DOCS = {
+    "resolve": "targets as TVM understands them",
+    "read": "models read: structure and weights apart",
+    "extract": "models lowered: the unique operators and how they are called",
+    "apply": "what the strategies offer for each operator",
+    "dispatch": "which of them each operator gets",
+    "codegen": "one object file for each operator",
+    "pack": "weights as the libraries take them",
+    "link": "one shared library for each model",
+    "check": "outputs compared with a reference's",
+    "artifact": "artifacts/<target>/<model>: library, weights, manifest.json",
+}
+FRONT = ("resolve", "read", "extract")
+
+
+class StageAction(BaseAction):
+    """A doit action that asks a build for something. It leaves the process's output streams alone, so that any number
+    may run in threads; what goes wrong becomes doit's kind of failure, in one sentence."""
+
+    def __init__(self, ask: Callable[[], dict[str, Any] | None]) -> None:
+        self._ask = ask
+        self.task: Any = None
+        self.out: str | None = None
+        self.err: str | None = None
+        self.result: dict[str, Any] | None = None
+        self.values: dict[str, Any] = {}
+
+    def execute(self, out: Any = None, err: Any = None) -> TaskFailed | TaskError | None:
+        try:
+            self.values = self._ask() or {}
+        except TvmakeError as error:
+            return TaskFailed(str(error))
+        except Exception as error:
+            return TaskError(f"{type(error).__name__}: {error}", error)
+        return None
+
+    def __str__(self) -> str:
+        return "runs the stage, or finds its result in the store"
+
+
+def create(workspace: Workspace, selection: Selection) -> Iterator[dict[str, Any]]:
+    """The tasks that a selection asks for."""
+    pairs = workspace.pairs(selection)
+    known = _Known(workspace, pairs)
+    if selection.part is not Part.ALL:
+        pairs = [pair for pair in pairs if not known.is_fresh(*pair)]
+        groups = [name for name in DOCS if (name in FRONT) == (selection.part is Part.FRONT)]
+    else:
+        groups = list(DOCS)
+    for name in groups:
+        yield {"basename": name, "name": None, "doc": DOCS[name]}
+    if selection.part is not Part.BACK:
+        yield from _front(workspace, pairs, known)
+    if selection.part is not Part.FRONT:
+        yield from _back(workspace, pairs, known, with_deps=selection.part is Part.ALL)
+
+
+def _front(workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known) -> Iterator[dict[str, Any]]:
+    for target in dict.fromkeys(target for target, _ in pairs):
+        fresh = all(known.is_fresh(*pair) for pair in pairs if pair[0] == target)
+        yield _task("resolve", target, fresh, lambda t=target: _nothing(workspace.build.target(t)))
+    for model in {model.name: model for _, model in pairs}.values():
+        fresh = all(known.is_fresh(*pair) for pair in pairs if pair[1] is model)
+        yield _task("read", model.name, fresh, lambda m=model: _nothing(workspace.build.source(m)))
+    for target, model in pairs:
+        yield _task(
+            "extract",
+            f"{target}:{model.name}",
+            known.is_fresh(target, model),
+            lambda t=target, m=model: known.plan_values(t, m),
+            [f"resolve:{target}", f"read:{model.name}"],
+        )
+
+
+def _back(
+    workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known, with_deps: bool
+) -> Iterator[dict[str, Any]]:
+    seen: dict[tuple[str, str], None] = {}
+    for target, model in pairs:
+        pair, fresh = f"{target}:{model.name}", known.is_fresh(target, model)
+        plan = known.plan(target, model)
+        for workload in plan.workloads if plan else ():
+            if (target, workload.digest) not in seen:
+                seen[target, workload.digest] = None
+                yield from _operator(workspace, target, workload, fresh)
+        objects = [f"codegen:{target}:{workload.label}" for workload in plan.workloads] if plan else []
+        extracted = [f"extract:{pair}"] if with_deps else []
+        clean = [(_remove, [workspace.artifact(target, model)])]
+        yield _task("pack", pair, fresh, _asks(workspace, "packed", target, model), [*extracted, *objects])
+        yield _task("link", pair, fresh, _asks(workspace, "linked", target, model), [f"pack:{pair}"])
+        yield _task("check", pair, fresh, _asks(workspace, "reference", target, model), [f"link:{pair}"])
+        yield {
+            **_task("artifact", pair, fresh, lambda t=target, m=model: known.finish(t, m), [f"check:{pair}"]),
+            "clean": clean,
+        }
+
+
+def _operator(workspace: Workspace, target: str, workload: Workload, fresh: bool) -> Iterator[dict[str, Any]]:
+    name = f"{target}:{workload.label}"
+    for stage, method, before in (
+        ("apply", "candidates", None),
+        ("dispatch", "decision", "apply"),
+        ("codegen", "object", "dispatch"),
+    ):
+        yield {
+            **_task(stage, name, fresh, _asks(workspace, method, target, workload), [f"{before}:{name}"] if before else []),
+            "doc": " ".join((workload.name, *workload.shapes)),
+        }
+
+
+def _task(
+    basename: str, name: str, fresh: bool, ask: Callable[[], dict[str, Any] | None], task_dep: Iterable[str] = ()
+) -> dict[str, Any]:
+    return {
+        "basename": basename,
+        "name": name,
+        "actions": [StageAction(ask)],
+        "uptodate": [fresh],
+        "task_dep": list(task_dep),
+        "doc": DOCS[basename],
+    }
+
+
+def _asks(workspace: Workspace, method: str, *arguments: Any) -> Callable[[], None]:
+    return lambda: _nothing(getattr(workspace.build, method)(*arguments))
+
+
+def _nothing(_: object) -> None:
+    return None
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Known:
+    """What is known of a workspace's artifacts without doing anything: their records and plans in doit's database."""
+
+    def __init__(self, workspace: Workspace, pairs: list[tuple[str, Model]]) -> None:
+        self._workspace = workspace
+        self._loaded = freshness.loaded_user_files()
+        self._declared = {(t, m.name): freshness.declaration(m, t) for t, m in pairs}
+        self._fresh: dict[tuple[str, str], bool] = {}
+
+    def is_fresh(self, target: str, model: Model) -> bool:
+        """Whether the artifact is what a build would make now."""
+        pair = (target, model.name)
+        if pair not in self._fresh:
+            kept = _values(f"artifact:{target}:{model.name}").get("record")
+            self._fresh[pair] = freshness.holds(kept, self._declared[pair])
+        return self._fresh[pair]
+
+    def plan(self, target: str, model: Model) -> Plan | None:
+        """The plan of the last extraction, where it is remembered and the store still has it."""
+        kept = _values(f"extract:{target}:{model.name}").get("plan")
+        if kept is None:
+            return None
+        import msgspec
+
+        from pipeline.hashing import Digest
+        from pipeline.store import Store, default_root
+        from pipeline.types import Plan
+
+        data = Store(default_root()).get(Digest(*kept))
+        try:
+            return msgspec.json.decode(data, type=Plan) if data is not None else None
+        except msgspec.DecodeError:
+            return None  # from another version of tvmake
+
+    def plan_values(self, target: str, model: Model) -> dict[str, Any]:
+        """Extracts, and returns what to remember of it."""
+        digest = self._workspace.build.plan_blob(target, model)
+        return {"plan": [digest.hash, digest.size]}
+
+    def finish(self, target: str, model: Model) -> dict[str, Any]:
+        """Writes the artifact, and returns the record by which the next build knows that it is fresh."""
+        build = self._workspace.build
+        folder = build.artifact(target, model)
+        files = [
+            *self._loaded,
+            *build.files_read(model),
+            *(self._workspace.folder / path for path in model.depends),
+            *freshness.machine_files(),
+            self._workspace.target_file(target),
+        ]
+        record = freshness.record(self._declared[target, model.name], files, sorted(folder.iterdir()))
+        return {"record": record}
+
+
+def _values(task: str) -> dict[str, Any]:
+    manager = Globals.dep_manager
+    return (manager.get_values(task) or {}) if manager is not None else {}

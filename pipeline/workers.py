@@ -1,0 +1,285 @@
+"""Processes that run stages, and may die.
+
+Each worker is a child process with a pipe of its own, so that one that is killed at any instant holds nothing that
+another waits for: its pipe closes, and the call that was waiting on it raises WorkerDiedError with the subject's name.
+(Pools that share one queue among their workers can hang when a worker is killed while it holds the queue's lock.)
+
+A worker that has loaded TVM is used again. Another is started only when a caller has waited for a moment: loading TVM
+costs about a second of CPU, and most rebuilds have only a few functions to compile.
+
+Each worker leads a process group: Ctrl-C in a terminal reaches the parent alone, which decides what becomes of them, and
+what a stage started, a compiler say, ends with its worker. A worker whose parent died ends by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from pipeline.errors import SetupError, StageError, WorkerDiedError
+from pipeline.stages import Home
+from pipeline.store import ActionEntry
+
+if TYPE_CHECKING:
+    from pipeline.memoizer import Action
+
+_PATIENCE = 0.5  # seconds that a caller waits for a busy worker before another is started
+
+
+class Workers:
+    """At most `limit` processes that are used again, and as many that are not, working for the store at `root`.
+
+    Every method may be called from any thread.
+    """
+
+    def __init__(self, root: Path, limit: int) -> None:
+        self.limit = limit
+        self._root = root
+        self._idle: list[_Worker] = []
+        self._crew: set[_Worker] = set()  # those that are used again
+        self._all: set[_Worker] = set()
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
+        """Has a worker run an action and store its results; waits for it.
+
+        Raises what the stage raised; WorkerDiedError when the process died or ran past the time limit.
+        """
+        request = pickle.dumps((action, key, components))
+        worker = self._borrow(reuse=action.stage.home is Home.COMPILER)
+        try:
+            result = worker.call(request, action.timeout)
+        except EOFError:
+            self._discard(worker)
+            raise self._obituary(worker, action, key) from None
+        except BaseException:
+            self._discard(worker)
+            raise
+        if action.stage.home is Home.COMPILER:
+            self._give_back(worker)
+        else:
+            self._discard(worker)
+        if isinstance(result, BaseException):
+            raise result
+        assert isinstance(result, ActionEntry)
+        return result
+
+    def stop(self) -> None:
+        """Kills every worker. What they had finished is in the store."""
+        with self._changed:
+            self._stopped = True
+            idle, self._idle = self._idle, []
+            busy = self._all.difference(idle)
+            self._changed.notify_all()
+        for worker in busy:
+            worker.kill()  # whoever waits for it closes the pipe
+        for worker in idle:
+            self._discard(worker)
+
+    def _borrow(self, reuse: bool) -> _Worker:
+        impatient_at = time.monotonic() + _PATIENCE
+        with self._changed:
+            while not self._stopped:
+                while reuse and self._idle:
+                    worker = self._idle.pop()
+                    if worker.lives():
+                        return worker
+                    self._forget(worker)
+                left = impatient_at - time.monotonic()
+                if not reuse:
+                    may_start, patience = len(self._all) - len(self._crew) < self.limit, None
+                elif len(self._crew) >= self.limit:
+                    may_start, patience = False, None
+                else:
+                    may_start, patience = left <= 0 or not self._crew, left
+                if may_start:
+                    return self._start(reuse)
+                self._changed.wait(patience)
+            raise KeyboardInterrupt
+
+    def _start(self, reuse: bool) -> _Worker:
+        try:
+            worker = _Worker(self._root)
+        except OSError as error:
+            raise SetupError(f"a process cannot be started: {error.strerror}", hint="see `ulimit -u`, and free memory") from error
+        self._all.add(worker)
+        if reuse:
+            self._crew.add(worker)
+        return worker
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._changed:
+            if not self._stopped:
+                self._idle.append(worker)
+                self._changed.notify_all()
+                return
+        self._discard(worker)
+
+    def _discard(self, worker: _Worker) -> None:
+        worker.end()
+        with self._changed:
+            self._forget(worker)
+
+    def _forget(self, worker: _Worker) -> None:
+        self._all.discard(worker)
+        self._crew.discard(worker)
+        self._changed.notify_all()
+
+    def _obituary(self, worker: _Worker, action: Action, key: str) -> Exception:
+        if self._stopped:
+            return StageError("the build was stopped", stage=action.stage.name, subject=action.subject, key=key)
+        return WorkerDiedError(
+            f"the process {worker.cause_of_death(action.timeout)}",
+            stage=action.stage.name,
+            subject=action.subject,
+            key=key,
+            hint="raise `timeout` in the target's file if the machine is only slow"
+            if worker.timed_out
+            else "run the same command again; if it dies again, `doit doctor` looks for causes on this machine",
+        )
+
+
+class _Worker:
+    """One child process and the pipe to it."""
+
+    def __init__(self, root: Path) -> None:
+        ours, theirs = Pipe()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
+        environment = dict(os.environ)
+        # One thread each in NumPy: the workers are the parallelism.
+        environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+        # The child finds this package where the parent found it, installed or not.
+        package = str(Path(__file__).resolve().parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.workers", str(theirs.fileno()), str(root)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment,
+            process_group=0,
+        )
+        theirs.close()
+        self._pipe = ours
+        self.timed_out = False
+
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
+    def call(self, request: bytes, timeout: float) -> object:
+        """Raises EOFError where the process died or ran past the limit; how it ended is then known."""
+        self._log.seek(0)  # the worker writes where this stands: one offset is shared
+        self._log.truncate()
+        try:
+            self._pipe.send_bytes(request)
+            self._await_answer(timeout)
+            result: object = pickle.loads(self._pipe.recv_bytes())
+            return result
+        except (OSError, EOFError) as error:
+            if not self.timed_out:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=1)
+            raise EOFError from error
+
+    def _await_answer(self, timeout: float) -> None:
+        # The process itself is watched as well: a process that the stage left behind may hold the pipe open.
+        ended = os.pidfd_open(self._process.pid)
+        try:
+            if not (ready := wait([self._pipe, ended], timeout)):
+                self.timed_out = True
+            if self._pipe not in ready and not self._pipe.poll():
+                raise EOFError
+        finally:
+            os.close(ended)
+
+    def kill(self) -> None:
+        """Kills the process and what it started. The pipe stays open, as another thread may be waiting on it."""
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def end(self) -> None:
+        """Kills the process and closes the pipe: for the only thread that still knows of it."""
+        self.kill()
+        self._pipe.close()
+
+    def cause_of_death(self, timeout: float) -> str:
+        if self.timed_out:
+            return f"was stopped after {timeout:g} s"
+        code = self._process.returncode
+        if code < 0:
+            cause = f"was killed by {_signal_name(-code)}"
+            if -code == signal.SIGKILL:
+                cause += " (perhaps for want of memory)"
+        else:
+            cause = f"ended with exit code {code}"
+        self._log.seek(0)
+        last = self._log.read().decode(errors="replace").strip().splitlines()[-8:]
+        return "\n    ".join([cause, *last])
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def serve(pipe: Connection, root: Path) -> None:
+    """A worker's life: take an action, perform it, answer, until the other end closes."""
+    from pipeline.memoizer import perform
+    from pipeline.store import Store
+
+    store = Store(root)
+    while True:
+        try:
+            action, key, components = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            result: object = perform(store, action, key, components)
+        except Exception as error:
+            result = error
+        with contextlib.suppress(OSError):
+            pipe.send_bytes(_pickled(result, action, key))
+
+
+def _pickled(result: object, action: Action, key: str) -> bytes:
+    try:
+        return pickle.dumps(result)
+    except Exception as error:
+        message = f"{result}\n(what it raised cannot be sent from one process to another: {error})"
+        return pickle.dumps(StageError(message, stage=action.stage.name, subject=action.subject, key=key))
+
+
+def _end_with_parent(pipe: int) -> None:
+    """Ends this process and what it started as soon as the parent's end of the pipe is closed, busy or not."""
+    watch = select.poll()
+    watch.register(pipe, 0)  # a hang-up is always reported
+    watch.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    import faulthandler
+
+    faulthandler.enable()
+    # Whoever interrupts, the parent decides what becomes of its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    descriptor = int(sys.argv[1])
+    os.set_inheritable(descriptor, False)
+    threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
+    serve(Connection(descriptor), Path(sys.argv[2]))
