@@ -98,6 +98,11 @@ class Build:
         """extract: what to compile, and how the parts make a library."""
         return self._once(("plan", target, model.name), lambda: self._extract(target, model)[0])
 
+    def is_extracted(self, target: str, model: Model) -> bool:
+        """Whether the plan was asked for in this build and is there."""
+        asked = self._asked.get(("plan", target, model.name))
+        return asked is not None and asked.done() and asked.exception() is None
+
     def plan_blob(self, target: str, model: Model) -> Digest:
         """The blob that holds the plan."""
         return self._extracted(target, model)["plan"]
@@ -152,6 +157,8 @@ class Build:
             "kind": model.kind,
             "shapes": {name: list(shape) for name, shape in model.shapes.items()},
             "cases": [str(self.folder / case) for case in model.cases],
+            # A worker finds the modules that dodo.py finds: those beside it, and where it looked itself.
+            "import path": [str(self.folder), *sys.path],
         }
         if isinstance(model.source, Path):
             options["path"] = str(self.folder / model.source)

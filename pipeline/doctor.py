@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import functools
 import importlib
+import io
 import json
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -49,7 +50,9 @@ _REINSTALL = "pip install --force-reinstall tvmake"
 _OTHER_STORE = "set TVMAKE_CACHE to another folder, or delete this one: it holds only what can be built again"
 _COMPILER = "install one (Debian: apt-get install g++), or name one in the environment variable CXX"
 _TMPDIR = "set TMPDIR to a folder that can be written and run from"
-_PORTABLE = 'in the target\'s file: target = {kind = "llvm", mcpu = "x86-64-v3"}, or another processor that fits'
+_PLAIN_TARGET = 'target = {{kind = "llvm", mcpu = "{}"}}'
+_OLDER = "name an older processor in the target's file, such as " + _PLAIN_TARGET.format("x86-64-v2")
+_UNRUN = "see whether the C++ compiler works by itself; where it is the code that cannot run, " + _OLDER
 _AGAIN = "mend the fault above, then run `doit doctor` again"
 
 
@@ -88,7 +91,7 @@ class Check:
         return self.name or getattr(self.run, "__name__", "check").replace("_", " ")
 
 
-def examine(child: Sequence[str] | None = None, limit: float = TIME_LIMIT) -> Iterator[Finding]:
+def examine(child: Sequence[str] | None = None, limit: float = TIME_LIMIT) -> Generator[Finding]:
     """Every check of CHECKS in order. `child` is the command to run instead of this module's; `limit` is in seconds.
 
     Never raises for what a check meets. The child is gone when the last finding is taken or the iterator is closed.
@@ -113,9 +116,8 @@ def _run(check: Check) -> Finding:
 
 
 def python() -> Finding:
+    """A Python too old for tvmake is refused by pip and would not have come this far."""
     said = f"{platform.python_implementation()} {platform.python_version()} on {platform.system()} {platform.machine()}"
-    if sys.version_info < (3, 11):
-        return _fault(f"{said}; tvmake needs 3.11 or newer", "make a virtual environment with a newer Python")
     if platform.system() != "Linux":
         return _warning(f"{said}; tvmake is tested on Linux only", "run it on Linux, in a container for instance")
     return _ok(said)
@@ -144,9 +146,9 @@ def compiler() -> Finding:
 
 
 def cores() -> Finding:
-    usable, all_, load = len(os.sched_getaffinity(0)), os.cpu_count() or 1, os.getloadavg()[0]
-    said = f"{usable} of {all_} usable, load {load:.1f}"
-    if load > all_:
+    usable, present, load = len(os.sched_getaffinity(0)), os.cpu_count() or 1, os.getloadavg()[0]
+    said = f"{usable} of {present} usable, load {load:.1f}"
+    if load > present:
         return _warning(f"{said}: what is timed now will be noisy", "measure again when `uptime` shows a smaller load")
     return _ok(said)
 
@@ -189,8 +191,8 @@ def quarantine() -> Finding:
     except (FileNotFoundError, NotADirectoryError):
         count = 0
     if count:
-        said = f"{count} file{'s' * (count > 1)} in {folder} did not have the bytes that the name promised"
-        return _warning(said, f"look for a failing disk (`dmesg`); to forget them: rm -r {folder}/*")
+        said = f"{count} file{'s' * (count > 1)} in {folder} did not pass the check of every reading"
+        return _warning(said, f"look for a failing disk (`dmesg`); to forget them: rm -rf {shlex.quote(str(folder))}")
     return _ok("nothing in the store was found damaged")
 
 
@@ -199,7 +201,7 @@ def temporary_files() -> Finding:
     with tempfile.TemporaryFile() as stream:
         stream.write(bytes(4096))
         stream.flush()
-    if wanted and not os.path.samefile(folder, wanted if os.path.isdir(wanted) else os.devnull):
+    if wanted and Path(wanted).resolve() != Path(folder).resolve():
         return _warning(f"{folder} is used, because TMPDIR ({wanted}) cannot be written", _TMPDIR)
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
         return _warning(f"{folder} is mounted so that no library can be loaded from it", _TMPDIR)
@@ -214,11 +216,11 @@ def _optional(package: str, what: str, extra: str) -> Finding:
 
 
 # --- checks with TVM: in the child, in this order, the first one first ------------------------------------------------
-# These functions import TVM and pipeline.compiler inside, because this module is also imported where neither may be.
+# These functions import pipeline.compiler inside, because this module is also imported where neither may be.
 
 
 def tvm_import() -> Finding:
-    if os.environ.get("TVM_USE_RUNTIME_LIB"):
+    if os.environ.get("TVM_USE_RUNTIME_LIB") == "1":
         return _fault("TVM_USE_RUNTIME_LIB is set, so TVM loads without its compiler", "unset TVM_USE_RUNTIME_LIB")
     started = time.perf_counter()
     importlib.import_module("tvm")
@@ -231,9 +233,9 @@ def tvm_import() -> Finding:
 
 def saving_ir() -> Finding:
     """The first thing that a wrong pair of TVM and FFI dies of."""
-    from pipeline.compiler import ir
+    from pipeline.compiler import ir, trial
 
-    written = ir.canonical(_addition())
+    written = ir.canonical(trial.addition())
     if ir.canonical(ir.load(written)) != written:
         return _fault("a function that is saved and loaded is not the same function", _GOOD_PAIR)
     return _ok(f"a function is the same after JSON ({len(written)} bytes)")
@@ -246,67 +248,57 @@ def llvm() -> Finding:
     cpu = native.get("mcpu")
     said = f"LLVM {targets.llvm_version()}, processor {cpu}, triple {native.get('mtriple')}"
     if cpu in (None, "", "generic", "x86-64"):
-        return _warning(f"{said}: LLVM does not know this processor, so native code is slow", _PORTABLE)
+        return _warning(f"{said}: LLVM does not know this processor, so native code is slow", _by_name())
     return _ok(said)
 
 
 def processor() -> Finding:
     """Features that LLVM takes for granted by the processor's name, and a virtual machine may hide."""
-    from tvm.target import codegen
-
-    from pipeline.compiler import targets
+    from pipeline.compiler import targets, trial
 
     native = targets.resolve(targets.NATIVE)
-    if platform.machine() not in ("x86_64", "AMD64", "i686"):
+    if platform.machine() not in _X86:
         return _ok(f"{native.get('mcpu')}; its features are not compared on {platform.machine()}")
-    assumed = {str(feature) for feature in codegen.llvm_get_cpu_features(targets.load(native))} - _NEVER_CHOSEN
-    missing = missing_features({**native, "mattr": sorted(assumed)})
+    assumed = trial.assumed_features(native) - _NEVER_CHOSEN
+    # Both spellings of one feature may be in the list: Linux's avx512_bf16 and LLVM's avx512bf16.
+    missing = {name.replace("_", ""): name for name in missing_features({**native, "mattr": sorted(assumed)})}
     if missing:
-        less = json.dumps([f"-{feature.replace('_', '')}" for feature in missing])
         return _fault(
-            f"LLVM takes this for a {native.get('mcpu')}, which has {', '.join(missing)}; this machine hides them, "
-            "so native code can die of an illegal instruction",
-            f'in the target\'s file: target = {{kind = "llvm", mcpu = "{native.get("mcpu")}", mattr = {less}}}',
+            f"LLVM takes this for a {native.get('mcpu')}, which has {', '.join(missing)}; this machine does not show "
+            "them (a virtual machine may hide them), so native code can die of an illegal instruction",
+            _by_name(),
         )
     return _ok(f"has the vector instructions that LLVM assumes of a {native.get('mcpu')}")
 
 
+def _by_name() -> str:
+    """The hint to name a processor: for x86, the highest level of its ABI that is all here."""
+    if platform.machine() not in _X86:
+        return "name the processor in the target's file: " + _PLAIN_TARGET.format("...")
+    levels = ("x86-64-v4", "x86-64-v3", "x86-64-v2")
+    level = next((level for level in levels if not missing_features({"mcpu": level})), "x86-64")
+    return "in the target's file: " + _PLAIN_TARGET.format(level)
+
+
 def compile_and_run() -> Finding:
     """The way of every operator: code for this processor, linked by the compiler driver, loaded and called."""
-    import numpy as np
-    import tvm
-    import tvm_ffi
-
-    from pipeline.compiler import objects, targets
+    from pipeline.compiler import objects, targets, trial
     from pipeline.linker import link
 
     started = time.perf_counter()
-    made = objects.compile_function(_addition(), "tvmake_doctor", targets.resolve(targets.NATIVE))
+    made = objects.compile_function(trial.addition(), "tvmake_doctor", targets.resolve(targets.NATIVE))
     if toolchain.compiler() is None:
         return _warning("code is generated, but without a compiler not linked and not run", _AGAIN)
     with tempfile.TemporaryDirectory(prefix="tvmake-doctor-") as folder:
         library = Path(folder) / "doctor.so"
         library.write_bytes(link({"doctor.o": made}))
-        given = np.arange(_EXTENT, dtype=np.float32)
-        result = tvm.runtime.tensor(np.zeros_like(given))
-        tvm_ffi.load_module(str(library))["tvmake_doctor"](tvm.runtime.tensor(given), result)
-    if not np.array_equal(result.numpy(), given + 1):
-        return _fault("a compiled addition gives wrong sums on this processor", _PORTABLE)
+        right = trial.adds(library, "tvmake_doctor")
+    if not right:
+        return _fault("a compiled addition gives wrong sums on this processor", _OLDER)
     return _ok(f"a function was compiled, linked, loaded and run in {time.perf_counter() - started:.2f} s")
 
 
-_EXTENT = 1000  # long enough for LLVM to use the widest vectors, and no multiple of them
-
-
-@functools.cache
-def _addition() -> object:
-    """y[i] = x[i] + 1"""
-    from tvm import te, tirx
-
-    x = te.placeholder((_EXTENT,), "float32", name="x")
-    y = te.compute((_EXTENT,), lambda i: x[i] + tirx.const(1, "float32"), name="y")
-    return te.create_prim_func([x, y])
-
+_X86 = ("x86_64", "i686")
 
 # LLVM uses these only where a program asks for them by name, and a virtual machine may well hide them.
 _NEVER_CHOSEN = frozenset({"avx512vp2intersect", "amx-tile", "amx-int8", "amx-bf16", "amx-fp16", "amx-complex"})
@@ -318,9 +310,9 @@ CHECKS = (
     Check(tvm_import, Place.CHILD),
     Check(saving_ir, Place.CHILD, _GOOD_PAIR, name="saving IR"),
     Check(llvm, Place.CHILD),
-    Check(processor, Place.CHILD, _PORTABLE),
+    Check(processor, Place.CHILD, _OLDER),
     Check(compiler, hint=_COMPILER),
-    Check(compile_and_run, Place.CHILD, "reinstall the C++ compiler; where the code cannot run: " + _PORTABLE),
+    Check(compile_and_run, Place.CHILD, _UNRUN),
     Check(cores),
     Check(memory),
     Check(store, hint=_OTHER_STORE),
@@ -341,48 +333,61 @@ class _Child:
     """The process that runs the checks with TVM, and what it says. It is killed when the block ends."""
 
     def __init__(self, command: Sequence[str], limit: float) -> None:
-        self._command = command
         self._limit = limit
-        self._late = threading.Event()
+        self._late = False
         self._over = False
+        self._answers: IO[str] = io.StringIO()
+        # In memory, because the temporary folder may be what is wrong here.
+        self._log: IO[bytes] = os.fdopen(os.memfd_create("tvmake-doctor"), "w+b")
+        self._process: subprocess.Popen[str] | None = None
+        self._refused = ""
+        self._alarm = threading.Timer(limit, self._stop)
+        self._alarm.daemon = True
+        try:
+            self._start(command)
+        except OSError as error:
+            self._refused = f"no process can be started: {error.strerror}"
 
-    def __enter__(self) -> _Child:
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+    def _start(self, command: Sequence[str]) -> None:
         # The child finds this package where the parent found it, installed or not.
         package = str(Path(__file__).resolve().parent.parent)
         paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            self._command,
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
             env={**os.environ, "PYTHONPATH": paths},
             start_new_session=True,  # so that a compiler that hangs is killed with it
         )
-        self._alarm = threading.Timer(self._limit, self._stop)
-        self._alarm.daemon = True
+        assert self._process.stdout is not None
+        self._answers = self._process.stdout
         self._alarm.start()
+
+    def __enter__(self) -> _Child:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._alarm.cancel()
-        self._kill()
-        self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        if self._process is not None:
+            self._kill(self._process)
+            self._process.wait()
+        self._answers.close()
         self._log.close()
 
     def finding(self, check: Check) -> Finding:
         """What the child says of the next of its checks, or what its end means for it. Waits for it."""
-        assert self._process.stdout is not None
         while not self._over:
-            line = self._process.stdout.readline()
+            line = self._answers.readline()
             if not line:
                 self._over = True
-                if self._process.wait() != 0:
-                    return Finding(check.title, State.FAULT, self._cause_of_death(), check.hint)
+                if cause := self._cause_of_death():
+                    return Finding(check.title, State.FAULT, cause, check.hint)
             # What a library prints is not a finding.
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 read = json.loads(line)
@@ -391,22 +396,30 @@ class _Child:
         return Finding(check.title, State.WARNING, "not checked, because of the fault before", _AGAIN)
 
     def _cause_of_death(self) -> str:
-        if self._late.is_set():
-            return f"had not ended after {self._limit:.0f} s"
-        code = self._process.returncode
+        """Why the child has said its last; empty where it ended because it had nothing more to say."""
+        if self._process is None:
+            return self._refused
+        code = self._process.wait()
+        if self._late:
+            return f"had not ended after {self._limit:g} s"
         if code < 0:
             return f"the process that tried it was killed by {_signal_name(-code)}"
+        if code == 0:
+            return ""
         self._log.seek(0)
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
         return ": ".join([f"the process that tried it ended with exit code {code}", *last])
 
     def _stop(self) -> None:
-        self._late.set()
-        self._kill()
+        self._late = True
+        if self._process is not None:
+            self._kill(self._process)
 
-    def _kill(self) -> None:
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+    @staticmethod
+    def _kill(process: subprocess.Popen[str]) -> None:
+        if process.returncode is None:  # one that was waited for has given its number back
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _signal_name(number: int) -> str:

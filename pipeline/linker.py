@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ _INCBIN = """\
 """
 
 
-def link(objects: Mapping[str, Path | bytes], weights: Path | None = None) -> bytes:
+def link(objects: Mapping[str, Path | bytes], weights: Path | None = None) -> memoryview:
     """Links object files, given by the names that they shall have, and optionally a weight file, into a library.
 
     Works in a folder of its own with relative names, so that no path of the machine enters the library. Raises
@@ -55,4 +56,5 @@ def link(objects: Mapping[str, Path | bytes], weights: Path | None = None) -> by
         if done.returncode != 0:
             said = done.stderr.strip().splitlines()
             raise RuntimeError("the linker refused: " + " | ".join(said[-3:]))
-        return (folder / "lib.so").read_bytes()
+        with open(folder / "lib.so", "rb") as library:
+            return memoryview(mmap.mmap(library.fileno(), 0, access=mmap.ACCESS_READ))

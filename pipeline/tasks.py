@@ -74,6 +74,9 @@ def create(workspace: Workspace, selection: Selection) -> Iterator[dict[str, Any
     known = _Known(workspace, pairs)
     if selection.part is not Part.ALL:
         pairs = [pair for pair in pairs if not known.is_fresh(*pair)]
+    if selection.part is Part.BACK:
+        # What could not be extracted has failed already, in words.
+        pairs = [pair for pair in pairs if workspace.build.is_extracted(*pair)]
         groups = [name for name in DOCS if (name in FRONT) == (selection.part is Part.FRONT)]
     else:
         groups = list(DOCS)

@@ -7,8 +7,8 @@ another waits for: its pipe closes, and the call that was waiting on it raises W
 A worker that has loaded TVM is used again. Another is started only when a caller has waited for a moment: loading TVM
 costs about a second of CPU, and most rebuilds have only a few functions to compile.
 
-Each worker leads a process group: Ctrl-C in a terminal reaches the parent alone, which decides what becomes of them, and
-what a stage started, a compiler say, ends with its worker. A worker whose parent died ends by itself.
+Each worker leads a process group: Ctrl-C in a terminal reaches the parent alone, which decides what becomes of them,
+and what a stage started, a compiler say, ends with its worker. A worker whose parent died ends by itself.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from pipeline.memoizer import Action
 
 _PATIENCE = 0.5  # seconds that a caller waits for a busy worker before another is started
+
+_LAST_WORDS = 8  # lines
 
 
 class Workers:
@@ -113,7 +115,8 @@ class Workers:
         try:
             worker = _Worker(self._root)
         except OSError as error:
-            raise SetupError(f"a process cannot be started: {error.strerror}", hint="see `ulimit -u`, and free memory") from error
+            hint = "free some memory, and see `ulimit -u` and `ulimit -n`"
+            raise SetupError(f"a process cannot be started: {error.strerror}", hint=hint) from error
         self._all.add(worker)
         if reuse:
             self._crew.add(worker)
@@ -177,12 +180,13 @@ class _Worker:
         self.timed_out = False
 
     def lives(self) -> bool:
-        return self._process.poll() is None
+        """Whether an idle worker can be used: it has nothing to say unless its end of the pipe is closed."""
+        return self._process.poll() is None and not self._pipe.poll()
 
     def call(self, request: bytes, timeout: float) -> object:
         """Raises EOFError where the process died or ran past the limit; how it ended is then known."""
-        self._log.seek(0)  # the worker writes where this stands: one offset is shared
-        self._log.truncate()
+        os.lseek(self._log.fileno(), 0, os.SEEK_SET)  # the worker writes where this stands: one offset is shared
+        os.ftruncate(self._log.fileno(), 0)
         try:
             self._pipe.send_bytes(request)
             self._await_answer(timeout)
@@ -196,14 +200,16 @@ class _Worker:
 
     def _await_answer(self, timeout: float) -> None:
         # The process itself is watched as well: a process that the stage left behind may hold the pipe open.
-        ended = os.pidfd_open(self._process.pid)
-        try:
-            if not (ready := wait([self._pipe, ended], timeout)):
-                self.timed_out = True
-            if self._pipe not in ready and not self._pipe.poll():
-                raise EOFError
-        finally:
-            os.close(ended)
+        with contextlib.ExitStack() as stack:
+            watched: list[Connection | int] = [self._pipe]
+            with contextlib.suppress(OSError):  # some sandboxes have no pidfd
+                process = os.pidfd_open(self._process.pid)
+                stack.callback(os.close, process)
+                watched.append(process)
+            ready = wait(watched, timeout)
+        if self._pipe not in ready and not self._pipe.poll():
+            self.timed_out = not ready
+            raise EOFError
 
     def kill(self) -> None:
         """Kills the process and what it started. The pipe stays open, as another thread may be waiting on it."""
@@ -226,9 +232,14 @@ class _Worker:
                 cause += " (perhaps for want of memory)"
         else:
             cause = f"ended with exit code {code}"
+        return "\n    ".join([cause, *self._last_words()])
+
+    def _last_words(self) -> list[str]:
+        """Of a crash its name and innermost frames, otherwise the end of what was printed."""
         self._log.seek(0)
-        last = self._log.read().decode(errors="replace").strip().splitlines()[-8:]
-        return "\n    ".join([cause, *last])
+        lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        crash = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
+        return lines[crash : crash + _LAST_WORDS] or lines[-_LAST_WORDS:]
 
 
 def _signal_name(number: int) -> str:
@@ -276,7 +287,7 @@ def _end_with_parent(pipe: int) -> None:
 if __name__ == "__main__":
     import faulthandler
 
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)  # the one that crashed
     # Whoever interrupts, the parent decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor = int(sys.argv[1])

@@ -3,13 +3,14 @@
 The module's entry function takes the model's inputs and then its weights. What depends on weights alone is lifted into
 a function of its own, `prepare`, which runs once when an artifact is linked; what is left is inference.
 
-Everything of Relax that is applied, in order, stands in the three tuples below.
+Everything of Relax that is applied, in order, stands in the tuples below.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import tvm
@@ -19,7 +20,7 @@ from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 from tvm.relax.vm_build import _ffi_api as vm_api
 from tvm.relax.vm_build import _vmcodegen
 
-from pipeline.compiler import ir, objects, passes, targets
+from pipeline.compiler import ir, lifting, objects, passes, targets
 from pipeline.errors import ModelError
 from pipeline.hashing import Digest
 from pipeline.types import TensorSpec, symbol_of
@@ -33,13 +34,17 @@ CANONICALISE = (
     transform.DecomposeOpsForInference(),
     transform.DeadCodeElimination(),
 )
-# 2. What depends on weights alone leaves the entry function.
-LIFT = (transform.LiftTransformParams(),)
-# 3. Operators become functions, and neighbours are fused.
+# 2. What depends on weights alone leaves the entry function: see pipeline.compiler.lifting.
+# 3. Operators become functions, each distinct call once.
 LEGALISE = (
+    transform.CanonicalizeBindings(),
+    transform.DeadCodeElimination(),
     relax.backend.DispatchSampling(),
     relax.backend.DispatchSortScan(),
-    transform.LegalizeOps(),
+    passes.legalize_once,
+)
+# 4. Neighbours are fused. Inference only: what prepares weights runs once.
+FUSE = (
     transform.AnnotateTIROpPattern(),
     transform.FuseOps(),
     transform.FuseTIR(),
@@ -82,13 +87,11 @@ def lower(
     target = targets.load(attributes)
     count = len(mod[ENTRY].params) - len(weights)
     inputs = tuple(_spec(var.name, var.ty, "input") for var in mod[ENTRY].params[:count])
-    mod[ENTRY] = mod[ENTRY].with_attr("num_input", count)
     mod = _apply(CANONICALISE, mod, target)
-    if weights:
-        mod = _apply(LIFT, mod, target)
-    main, uses, prepare = _split(mod, count, weights)
-    returned = _returned(main[ENTRY], outputs)
-    lowered = Lowered(inputs, returned, uses, tuple(weights) if prepare else (), b"", b"")
+    main, prepare, parted = lifting.modules(mod, ENTRY, PREPARE, count)
+    uses = tuple(_uses(parted.main, count, parted, weights))
+    returned = _returned(parted.main, outputs)
+    lowered = Lowered(inputs, returned, uses, tuple(weights[i] for i in parted.taken), b"", b"")
     lowered.main = _finish(main, ENTRY, target, attributes, lowered)
     if prepare:
         lowered.prepare = _finish(prepare, PREPARE, target, attributes, lowered)
@@ -102,53 +105,17 @@ def _apply(phases: Iterable[tvm.ir.transform.Pass], mod: tvm.IRModule, target: t
     return mod
 
 
-def _split(
-    mod: tvm.IRModule, count: int, weights: Sequence[str]
-) -> tuple[tvm.IRModule, tuple[tuple[TensorSpec, str, int], ...], tvm.IRModule | None]:
-    """Parts a lifted module into inference and preparation.
-
-    A weight that inference takes as it is needs no preparation, and one that nothing reads is dropped. Returns the two
-    modules, None for a preparation that does nothing, and where each weight argument of inference comes from.
-    """
-    functions = {gvar: func for gvar, func in mod.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
-    entry = mod[ENTRY]
-    read = set(relax.analysis.free_vars(entry.body))
-    kept = [(i, var) for i, var in enumerate(entry.params[count:]) if var in read]
-    specs = [_spec(f"weight {i}", var.ty, "weight") for i, var in kept]
-    params = [*entry.params[:count], *(var for _, var in kept)]
-    slim = relax.Function(params, entry.body, entry.ret_ty, entry.is_pure, entry.attrs)
-    main = transform.DeadCodeElimination([ENTRY])(tvm.IRModule({**functions, ENTRY: slim}))
-    lifted = next((func for gvar, func in mod.functions_items() if gvar.name_hint == f"{ENTRY}_transform_params"), None)
-    if lifted is None:
-        return main, tuple((_renamed(s, weights[i]), weights[i], -1) for s, (i, _) in zip(specs, kept, strict=True)), None
-
-    bound = {b.var: b.value for block in lifted.body.blocks for b in block.bindings}
-    made = _resolved(lifted.body.body, bound)
-    uses, packed = [], []
-    for spec, (i, _) in zip(specs, kept, strict=True):
-        source = bound.get(made.fields[i])
-        if isinstance(source, relax.TupleGetItem) and source.tuple_value.same_as(lifted.params[0]):
-            name = weights[int(source.index)]
-            uses.append((_renamed(spec, name), name, -1))
+def _uses(
+    main: relax.Function, count: int, parted: lifting.Parted, weights: Sequence[str]
+) -> Iterator[tuple[TensorSpec, str, int]]:
+    """Where each weight argument of inference comes from."""
+    packed = itertools.count()
+    for var, index in zip(main.params[count:], parted.arguments, strict=True):
+        if index is None:
+            place = next(packed)
+            yield _spec(f"packed_{place}", var.ty, "weight"), "", place
         else:
-            uses.append((_renamed(spec, f"packed_{len(packed)}"), "", len(packed)))
-            packed.append(made.fields[i])
-    if not packed:
-        return main, tuple(uses), None
-    # The same bindings, returning only what must be computed; dead code goes.
-    result = relax.Var("packed", relax.TupleType([field.ty for field in packed]))
-    bindings = [b for block in lifted.body.blocks for b in block.bindings if not b.var.same_as(lifted.body.body)]
-    block = relax.DataflowBlock([*bindings, relax.VarBinding(result, relax.Tuple(packed))])
-    body = relax.SeqExpr([block], result)
-    func = relax.Function(lifted.params, body, result.ty, lifted.is_pure).with_attr("global_symbol", PREPARE)
-    prepare = transform.DeadCodeElimination([PREPARE])(tvm.IRModule({**functions, PREPARE: func}))
-    return main, tuple(uses), prepare
-
-
-def _resolved(expr: relax.Expr, bound: Mapping[relax.Var, relax.Expr]) -> relax.Expr:
-    while isinstance(expr, relax.Var):
-        expr = bound[expr]
-    return expr
+            yield _spec(weights[index], var.ty, "weight"), weights[index], -1
 
 
 def _finish(
@@ -161,8 +128,13 @@ def _finish(
     """Legalises, fuses and finalises one module, notes its functions, and returns its bytecode as an object."""
     mod = _apply(LEGALISE, mod, target)
     _require_legal(mod)
-    # 4. TVM's own last steps for a CPU: memory is planned, and calls become the virtual machine's.
-    mod = _apply([*cpu_generic.dataflow_lower_passes(target), *cpu_generic.finalize_passes(target)], mod, target)
+    if entry == ENTRY:
+        mod = _apply(FUSE, mod, target)
+    # 5. TVM's own last steps for a CPU: memory is planned, and calls become the virtual machine's.
+    last = [*cpu_generic.dataflow_lower_passes(target), *cpu_generic.finalize_passes(target)]
+    if entry == PREPARE:
+        last = [phase for phase in last if phase.info.name != "StaticPlanBlockMemory"]
+    mod = _apply(last, mod, target)
     calls = _calls(mod)
     symbols = {}
     for gvar in sorted(calls, key=lambda gvar: calls[gvar][0]):
@@ -188,18 +160,13 @@ def _finish(
 
 def _calls(mod: tvm.IRModule) -> dict[tvm.ir.GlobalVar, tuple[int, int]]:
     """For each PrimFunc that is called: when it is first called, and how often."""
+    functions = {gvar for gvar, func in mod.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
     calls: dict[tvm.ir.GlobalVar, tuple[int, int]] = {}
-
-    def visit(node: relax.Expr) -> None:
-        if isinstance(node, relax.Call):
-            for callee in (node.op, *node.args):
-                if isinstance(callee, tvm.ir.GlobalVar) and isinstance(mod[callee], tvm.tirx.PrimFunc):
-                    first, times = calls.get(callee, (len(calls), 0))
-                    calls[callee] = (first, times + 1)
-
-    for _, func in sorted(mod.functions_items(), key=lambda item: item[0].name_hint):
-        if isinstance(func, relax.Function):
-            relax.analysis.post_order_visit(func.body, visit)
+    for call in passes.all_calls(mod):
+        for callee in (call.op, *call.args):
+            if isinstance(callee, tvm.ir.GlobalVar) and callee in functions:
+                first, times = calls.get(callee, (len(calls), 0))
+                calls[callee] = (first, times + 1)
     return calls
 
 
@@ -226,15 +193,8 @@ _LATER = (
 
 
 def _require_legal(mod: tvm.IRModule) -> None:
-    left: set[str] = set()
-
-    def visit(node: relax.Expr) -> None:
-        if isinstance(node, relax.Call) and isinstance(node.op, tvm.ir.Op) and not node.op.name.startswith(_LATER):
-            left.add(node.op.name)
-
-    for _, func in mod.functions_items():
-        if isinstance(func, relax.Function):
-            relax.analysis.post_order_visit(func.body, visit)
+    operators = {call.op.name for call in passes.all_calls(mod) if isinstance(call.op, tvm.ir.Op)}
+    left = [name for name in operators if not name.startswith(_LATER)]
     if left:
         raise ModelError(
             f"TVM has no code for the operator {', '.join(sorted(left))} with these arguments",
@@ -258,10 +218,6 @@ def _spec(name: str, ty: relax.Type, role: str) -> TensorSpec:
             hint="give the model's inputs fixed shapes: shapes={'input': (1, 3, 224, 224)}",
         )
     return TensorSpec(str(name), tuple(int(extent) for extent in ty.shape.values), str(ty.dtype))
-
-
-def _renamed(spec: TensorSpec, name: str) -> TensorSpec:
-    return TensorSpec(name, spec.shape, spec.dtype)
 
 
 def readable_name(name: str) -> str:

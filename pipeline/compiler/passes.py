@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import tvm
 from tvm import relax, te
-from tvm.relax.expr_functor import PyExprMutator, mutator, visitor, PyExprVisitor
+from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
+
+from pipeline.compiler.legalize import legalize
 
 
 @tvm.transform.module_pass(opt_level=0, name="FoldBatchNorm")
@@ -33,6 +35,7 @@ class _BatchNormFolder(PyExprMutator):
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
         self._op = tvm.ir.Op.get("relax.nn.batch_norm")
+        self._made: dict[tuple[object, ...], relax.Call] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
@@ -60,9 +63,15 @@ class _BatchNormFolder(PyExprMutator):
             )
             return [scale, shift]
 
-        folded = self.builder_.emit(
-            self.builder_.call_te(fold, gamma, beta, mean, var, primfunc_name_hint="fold_batch_norm")
-        )
+        # One function for each number of channels.
+        known = (str(channels), rank, axis, dtype, center, scaled, epsilon)
+        if known not in self._made:
+            self._made[known] = self.builder_.call_te(
+                fold, gamma, beta, mean, var, primfunc_name_hint="fold_batch_norm"
+            )
+        made = self._made[known]
+        call = relax.Call(made.op, [made.args[0], relax.Tuple([gamma, beta, mean, var])], None, made.ty_args)
+        folded = self.builder_.emit(call)
         scale = self.builder_.emit(relax.TupleGetItem(folded, 0))
         shift = self.builder_.emit(relax.TupleGetItem(folded, 1))
         y = self.builder_.emit(relax.op.add(self.builder_.emit(relax.op.multiply(x, scale)), shift))
@@ -89,6 +98,35 @@ class _CalleeReplacer(PyExprMutator):
 
     def visit_global_var_(self, gvar: tvm.ir.GlobalVar) -> relax.Expr:
         return self._callees.get(gvar, gvar)
+
+
+def all_calls(mod: tvm.IRModule) -> Iterator[relax.Call]:
+    """Every call that a module's Relax functions bind, in order. (A visitor would walk the types as well, and the types
+    of a thousand weights are much larger than the code.)"""
+    for _, func in sorted(mod.functions_items(), key=lambda item: item[0].name_hint):
+        if isinstance(func, relax.Function):
+            yield from _calls_in(func.body)
+
+
+def _calls_in(expr: relax.Expr) -> Iterator[relax.Call]:
+    if isinstance(expr, relax.Call):
+        yield expr
+    elif isinstance(expr, relax.If):
+        yield from _calls_in(expr.true_branch)
+        yield from _calls_in(expr.false_branch)
+    elif isinstance(expr, relax.Function):
+        yield from _calls_in(expr.body)
+    elif isinstance(expr, relax.SeqExpr):
+        for block in expr.blocks:
+            for binding in block.bindings:
+                yield from _calls_in(binding.value)
+        yield from _calls_in(expr.body)
+
+
+@tvm.transform.module_pass(opt_level=0, name="LegalizeOnce")
+def legalize_once(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    """TVM's LegalizeOps, with each distinct call worked out once: see pipeline.compiler.legalize."""
+    return legalize(mod, {call.op.name for call in all_calls(mod) if isinstance(call.op, tvm.ir.Op)})
 
 
 # Constants of this many bytes or fewer are part of the code, unless they are floating point: those are trained.

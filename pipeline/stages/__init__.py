@@ -34,7 +34,7 @@ class Home(enum.Enum):
 
     COMPILER = "compiler"  # a process that has TVM loaded and is used again
     FRESH = "fresh"  # a process of its own: it runs code that was built, or it needs no TVM
-    INLINE = "inline"  # a thread of the build: it takes microseconds and needs nothing
+    INLINE = "inline"  # a thread of the build: it needs no TVM and runs no code that was built
 
 
 class Kind(enum.Enum):
@@ -105,7 +105,7 @@ APPLY = Stage("apply", 1, Kind.DECISION, Home.COMPILER)
 DISPATCH = Stage("dispatch", 1, Kind.DECISION, Home.INLINE)
 CODEGEN = Stage("codegen", 1, Kind.BINARY, Home.COMPILER, _TVM)
 PACK = Stage("pack", 1, Kind.BINARY, Home.FRESH, (*_TVM, "cc", "host"))
-LINK = Stage("link", 1, Kind.BINARY, Home.FRESH, ("cc",))
+LINK = Stage("link", 1, Kind.BINARY, Home.INLINE, ("cc",))
 CHECK = Stage("check", 1, Kind.BINARY, Home.FRESH, (*_TVM, "host", "onnx", "onnxruntime", "torch"))
 
 STAGES = (RESOLVE, READ, EXTRACT, APPLY, DISPATCH, CODEGEN, PACK, LINK, CHECK)

@@ -28,7 +28,7 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     with tempfile.TemporaryDirectory(prefix="tvmake-") as name:
         (Path(name) / LIBRARY).write_bytes(link(objects))
         library, _ = open_library(Path(name), (), find_runtime())
-    results = flat(started(library)["prepare"]([tensor_over(weight) for weight in weights]))
+    results = flat(started(library)["prepare"](*(tensor_over(weight) for weight in weights)))
     return {f"p{i}": _bytes(result) for i, result in enumerate(results)}
 
 

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 
 def run(inputs: Inputs, options: Options) -> Outputs:
-    """Options: kind, path or function (pickled), shapes, cases (folders).
+    """Options: kind, path or function (pickled), shapes, cases (folders), import path.
 
     Outputs: skeleton; weights, JSON of their specs in order; w0, w1, …, their bytes; case0, …, as .npz; files, JSON of
     the files that were read and of those Python files that the user's function imported.
     """
     before = set(sys.modules)
+    sys.path += [entry for entry in cast("list[str]", options["import path"]) if entry not in sys.path]
     read = _read(options)
     outputs: dict[str, bytes | memoryview] = {
         "skeleton": read.skeleton,

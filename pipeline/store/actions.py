@@ -1,4 +1,4 @@
-"""Action entries: what an action was made from and what it made, as one small JSON document that carries its own check."""
+"""Action entries: what an action was made from and what it made, one small JSON document that carries its own check."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from pipeline.errors import StoreError, explain_os_error
 from pipeline.hashing import Digest
@@ -153,7 +152,8 @@ class Store:
         except (ValueError, KeyError, TypeError):
             self._set_aside(path, inode)
             return None
-        return entry if all([self.has(digest) for digest in entry.outputs.values()]) else None
+        missing = [digest for digest in entry.outputs.values() if not self.has(digest)]
+        return None if missing else entry
 
     # locks
 
@@ -189,7 +189,7 @@ class Store:
             found = ""
         if found != FORMAT:
             raise StoreError(
-                f"{self.root} is a store of another format: {found.strip()[:60]!r}, this tvmake reads {FORMAT.strip()!r}",
+                f"{self.root} has another format: {found.strip()[:60]!r}; this tvmake reads {FORMAT.strip()!r}",
                 hint="set TVMAKE_CACHE to another folder, or delete this one: it holds only what can be built again",
             )
         remove_leftovers(self._scratch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -78,19 +80,51 @@ def read(source: Path | Callable[[], Any], shapes: Mapping[str, Sequence[int]], 
 
 
 def load(skeleton: bytes) -> tuple[tvm.IRModule, list[str]]:
-    """Simplifies and imports a skeleton. Returns the module and the names of its outputs.
+    """Imports a skeleton; simplifies it first where TVM's importer needs that: where it refuses the model as it is, or
+    leaves shapes open that simplifying would close. Returns the module and the names of its outputs.
 
     Raises ModelError that names the operator, and the node where there is one, which TVM's importer cannot take.
     """
     import onnx
+
+    model = onnx.load_model_from_string(skeleton)
+    outputs = [output.name for output in model.graph.output]
+    mod = None
+    with contextlib.suppress(ModelError):
+        mod = _imported(model)
+    if mod is None or not _is_static(mod):
+        mod = _imported(_simplified(model))
+    return mod, outputs
+
+
+def _imported(model: ModelProto) -> tvm.IRModule:
     from tvm.relax.frontend.onnx import from_onnx
 
-    model = _simplified(onnx.load_model_from_string(skeleton))
     try:
-        mod = from_onnx(model, keep_params_in_input=False, sanitize_input_names=False)
+        # The importer prints what it was working on when it fails; the error says so as well.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return from_onnx(model, keep_params_in_input=False, sanitize_input_names=False)
     except Exception as error:
         raise _import_error(error, model.graph) from error
-    return mod, [output.name for output in model.graph.output]
+
+
+def _is_static(mod: tvm.IRModule) -> bool:
+    """Whether every value of the module is a tensor of known shape."""
+    from tvm import relax, tirx
+
+    def known(ty: relax.Type) -> bool:
+        if isinstance(ty, relax.TupleType):
+            return all(known(field) for field in ty.fields)
+        shape = ty.shape if isinstance(ty, relax.TensorType) else None
+        return isinstance(shape, relax.ShapeExpr) and all(isinstance(extent, tirx.IntImm) for extent in shape.values)
+
+    return all(
+        known(binding.var.ty)
+        for _, func in mod.functions_items()
+        if isinstance(func, relax.Function) and isinstance(func.body, relax.SeqExpr)
+        for block in func.body.blocks
+        for binding in block.bindings
+    )
 
 
 def input_names(skeleton: bytes) -> list[str]:
@@ -129,14 +163,13 @@ def _fix_shapes(graph: GraphProto, shapes: Mapping[str, Sequence[int]]) -> None:
         if name not in known:
             raise ModelError(f"shapes names {name!r}, but the inputs are {', '.join(map(repr, known)) or 'none'}")
     still_open = []
-    fixed = False
     for value in graph.input:
         if not value.type.HasField("tensor_type"):
             raise ModelError(f"the input {value.name!r} is not a tensor", hint="export the model with tensor inputs only")
         tensor = value.type.tensor_type
         if value.name in shapes:
             wanted = list(shapes[value.name])
-            declared = [dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim]
+            declared = [dim.dim_value if _is_fixed(dim) else None for dim in tensor.shape.dim]
             if tensor.HasField("shape") and (
                 len(wanted) != len(declared) or any(d not in (None, w) for d, w in zip(declared, wanted, strict=True))
             ):
@@ -144,23 +177,21 @@ def _fix_shapes(graph: GraphProto, shapes: Mapping[str, Sequence[int]]) -> None:
             del tensor.shape.dim[:]
             for extent in wanted:
                 tensor.shape.dim.add().dim_value = extent
-            fixed = True
-        elif not tensor.HasField("shape") or any(
-            not dim.HasField("dim_value") or dim.dim_value < 0 for dim in tensor.shape.dim
-        ):
+        elif not tensor.HasField("shape") or not all(_is_fixed(dim) for dim in tensor.shape.dim):
             still_open.append(f"{value.name!r} {_shown(tensor)}")
     if still_open:
         raise ModelError(
             f"the model leaves the shape of {', '.join(still_open)} open",
             hint="give it in dodo.py: shapes={" + ", ".join(f"{s.split()[0]}: (…)" for s in still_open) + "}",
         )
-    if fixed:
-        for output in graph.output:
-            output.type.tensor_type.ClearField("shape")
+
+
+def _is_fixed(dim: Any) -> bool:
+    return bool(dim.HasField("dim_value") and dim.dim_value >= 0)  # some exporters write -1 for open
 
 
 def _shown(tensor: Any) -> str:
-    dims = [str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim]
+    dims = [str(dim.dim_value) if _is_fixed(dim) else dim.dim_param or "?" for dim in tensor.shape.dim]
     return f"({', '.join(dims)})"
 
 

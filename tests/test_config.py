@@ -1,0 +1,134 @@
+"""Every key of a target's file, wrong in turn: one ConfigError that names the file, the key, and what is allowed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Check, TargetFile, load_target
+from pipeline.errors import ConfigError
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "targets" / "cpu.toml"
+    path.parent.mkdir()
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def refused(path: Path) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load_target(path)
+    assert "targets/cpu.toml" in caught.value.message
+    assert str(path) not in str(caught.value)
+    return caught.value
+
+
+def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
+    assert load_target(write(tmp_path, 'target = "native"')) == TargetFile(target="native")
+
+
+def test_everything_can_be_said(tmp_path: Path) -> None:
+    text = """
+        target = {kind = "llvm", mcpu = "x86-64-v3"}
+        models = ["a", "b"]
+        order = ["default"]
+        select = "first"
+        weights = "inside"
+        timeout = 60
+        [check]
+        enabled = false
+        tolerance = 1e-2
+        seeds = [1, 2]
+    """
+    assert load_target(write(tmp_path, text)) == TargetFile(
+        target={"kind": "llvm", "mcpu": "x86-64-v3"},
+        models=("a", "b"),
+        order=("default",),
+        select="first",
+        weights="inside",
+        timeout=60.0,
+        check=Check(enabled=False, tolerance=1e-2, seeds=(1, 2)),
+    )
+
+
+# For each key: values that cannot be meant, as TOML.
+WRONG: dict[str, tuple[str, ...]] = {
+    "target": ("3", "true", '["llvm"]'),
+    "models": ('"a"', "[1]", "3"),
+    "order": ('"default"', "[1]", "[]", '["defualt"]', '["default", "nonesuch"]'),
+    "select": ('"last"', "1"),
+    "weights": ('"outside"', "true"),
+    "timeout": ('"60"', "-1", "0", "nan", "true"),
+    "check": ("3", "false"),
+    "check.enabled": ('"yes"', "1"),
+    "check.tolerance": ('"1e-3"', "-1.0", "nan", "true"),
+    "check.seeds": ("3", '["0"]', "[]", "[-1]", "[0.5]"),
+}
+CASES = [(key, value) for key, values in WRONG.items() for value in values]
+
+
+def test_every_key_is_tried() -> None:
+    fields = {*TargetFile.__struct_fields__, *(f"check.{name}" for name in Check.__struct_fields__)}
+    assert set(WRONG) == fields
+
+
+@pytest.mark.parametrize(("key", "value"), CASES)
+def test_a_wrong_value_is_refused_by_name(tmp_path: Path, key: str, value: str) -> None:
+    head = "" if key == "target" else 'target = "native"\n'
+    error = refused(write(tmp_path, f"{head}{key} = {value}\n"))
+    assert key in error.message
+    assert error.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"), [("select", ["first"]), ("weights", ["beside", "inside"]), ("order", ["default"])]
+)
+def test_a_wrong_choice_tells_the_right_ones(tmp_path: Path, key: str, allowed: list[str]) -> None:
+    value = '["nonesuch"]' if key == "order" else '"nonesuch"'
+    error = refused(write(tmp_path, f'target = "native"\n{key} = {value}\n'))
+    assert all(choice in str(error) for choice in allowed)
+
+
+@pytest.mark.parametrize("line", ["colour = 1", "check.colour = 1"])
+def test_an_unknown_key_is_refused_and_the_known_are_told(tmp_path: Path, line: str) -> None:
+    error = refused(write(tmp_path, f'target = "native"\n{line}\n'))
+    assert "colour" in error.message
+    known = TargetFile.__struct_fields__ if line.startswith("colour") else Check.__struct_fields__
+    assert all(name in error.hint for name in known)
+
+
+def test_a_missing_target_is_told(tmp_path: Path) -> None:
+    error = refused(write(tmp_path, 'weights = "inside"\n'))
+    assert "missing" in error.message
+    assert "target" in error.message
+
+
+@pytest.mark.parametrize("text", ["target = ", "target = native", '[check\ntarget="native"', b'target = "\xff"'])
+def test_what_is_no_toml_is_told(tmp_path: Path, text: str | bytes) -> None:
+    assert "is not TOML" in refused(write(tmp_path, text)).message
+
+
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "targets" / "cpu.toml"
+    assert "cannot be read: No such file" in refused(path).message
+    path.mkdir(parents=True)
+    assert "cannot be read: Is a directory" in refused(path).message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_file_without_permission_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path, 'target = "native"')
+    path.chmod(0)
+    child = os.fork()
+    if child == 0:
+        os.setresuid(65534, 65534, 65534)
+        try:
+            load_target(path)
+        except ConfigError as error:
+            os._exit(0 if "cannot be read: Permission denied" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
