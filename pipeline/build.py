@@ -115,7 +115,7 @@ class Build:
         """dispatch: which candidate is compiled."""
         return self._once(("decision", target, workload.digest), lambda: self._dispatch(target, workload))
 
-    def object(self, target: str, workload: Workload) -> Object:
+    def compiled(self, target: str, workload: Workload) -> Object:
         """codegen: the object file of the chosen function."""
         return self._once(("object", target, workload.digest), lambda: self._codegen(target, workload))
 
@@ -134,6 +134,21 @@ class Build:
     def artifact(self, target: str, model: Model) -> Path:
         """Writes artifacts/<target>/<model>, whole or not at all, and leaves it alone where it is right already."""
         return self._once(("artifact", target, model.name), lambda: self._publish(target, model))
+
+    def dump(self, target: str, model: Model, folder: Path) -> int:
+        """Writes the IR after each step, and each operator's function, as files of a folder; returns how many."""
+        extract = self.extract_action(target, model)
+        inputs = dict(extract.inputs)
+        for workload in self.plan(target, model).workloads:
+            inputs[f"{workload.label}.{self.decision(target, workload).strategy}"] = self.decision(
+                target, workload
+            ).function
+        entry = self.memoizer.run(Action(stages.DUMP, extract.subject, inputs, extract.options))
+        for name, digest in entry.outputs.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.memoizer.blob(digest))
+        return len(entry.outputs)
 
     # the stages, one by one
 
@@ -201,7 +216,11 @@ class Build:
                 "target": resolved.attributes,
             }
             action = Action(
-                stages.APPLY, f"{target}:{workload.label}", {"function": workload.function}, options, resolved.file.timeout
+                stages.APPLY,
+                f"{target}:{workload.label}",
+                {"function": workload.function},
+                options,
+                resolved.file.timeout,
             )
             entry = self.memoizer.run(action)
             if "function" in entry.outputs:
@@ -235,7 +254,7 @@ class Build:
         """The objects of many workloads, by digest; what is missing is compiled in parallel."""
         wanted = list(workloads)
         with ThreadPoolExecutor(self.memoizer.workers.limit) as threads:
-            done = threads.map(lambda workload: self.object(target, workload), wanted)
+            done = threads.map(lambda workload: self.compiled(target, workload), wanted)
             return {workload.digest: made for workload, made in zip(wanted, done, strict=True)}
 
     def _pack(self, target: str, model: Model) -> tuple[Weight, ...]:
@@ -296,7 +315,7 @@ class Build:
                 outcome.reason,
                 stage="check",
                 subject=f"{target}:{model.name}",
-                hint=f"the artifact was not replaced; check.tolerance in targets/{target}.toml is {outcome.tolerance:g}",
+                hint=f"the artifact was not replaced; tolerance in targets/{target}.toml is {outcome.tolerance:g}",
             )
         return outcome
 
@@ -322,7 +341,7 @@ class Build:
         return folder
 
     def _once(self, question: tuple[object, ...], answer: Callable[[], T]) -> T:
-        """Answers a question once; whoever asks meanwhile waits for the same answer. A failure is remembered as well."""
+        """Answers a question once; who asks meanwhile waits for the same answer. A failure is remembered as well."""
         with self._asking:
             future = self._asked.get(question)
             mine = future is None

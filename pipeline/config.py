@@ -1,4 +1,4 @@
-"""targets/<name>.toml: one hardware target each, and how to build for it. Read strictly: what is not known is refused."""
+"""targets/<name>.toml: one hardware target each, and how to build for it. What is not known is refused."""
 
 from __future__ import annotations
 
@@ -60,14 +60,18 @@ def load_target(path: Path) -> TargetFile:
         read = msgspec.convert(table, TargetFile)
     except msgspec.ValidationError as error:
         said = str(error).replace("Object contains unknown", "unknown").replace("Object missing required", "missing")
-        allowed = f"keys: {', '.join(TargetFile.__struct_fields__)}; under [check]: {', '.join(Check.__struct_fields__)}"
+        allowed = (
+            f"keys: {', '.join(TargetFile.__struct_fields__)}; under [check]: {', '.join(Check.__struct_fields__)}"
+        )
         raise ConfigError(f"{_shown(path)}: {said.replace('field', 'key')}", hint=allowed) from error
     unknown = [name for name in read.order if name not in STRATEGY_NAMES]
     if unknown or not read.order:
         what = f"order names {', '.join(map(repr, unknown))}" if unknown else "order is empty"
         raise ConfigError(f"{_shown(path)}: {what}", hint=f"strategies: {', '.join(STRATEGY_NAMES)}")
     if not read.check.seeds and read.check.enabled:
-        raise ConfigError(f"{_shown(path)}: check.seeds is empty", hint="give at least one, or set check.enabled = false")
+        raise ConfigError(
+            f"{_shown(path)}: check.seeds is empty", hint="give at least one, or set check.enabled = false"
+        )
     return read
 
 

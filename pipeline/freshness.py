@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 
 def record(declared: str, files: Iterable[Path], made: Iterable[Path]) -> Record:
-    """What to keep of a build that is done. Waits a few milliseconds where a file is too new to be told from a later one."""
+    """What to keep of a build that is done. Waits some milliseconds where a file is too new to be stamped."""
     paths = {str(path): Path(path) for path in (*files, *made)}
     while True:
         stamps = {name: Stamp.of(path) for name, path in paths.items()}

@@ -19,8 +19,9 @@ Source = str | os.PathLike[str] | Callable[[], Any]
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a workspace. Made by `Model.onnx`, `Model.relax` or `Model.torch`; what is wrong with it is said when
-    the workspace makes its tasks.
+    """One model of a workspace, made by `Model.onnx`, `Model.relax` or `Model.torch`.
+
+    What is wrong with it is said when the workspace makes its tasks.
 
     name     names its tasks and its artifact's folder: letters, digits, `_`, `-` and `.`
     kind     one of KINDS
@@ -55,7 +56,8 @@ class Model:
         for key, shape in self.shapes.items():
             if not all(isinstance(extent, int) and extent > 0 for extent in shape):
                 raise ConfigError(
-                    f"shapes of model {self.name!r}: {key!r} is {shape!r}", hint="give positive integers: (1, 3, 224, 224)"
+                    f"shapes of model {self.name!r}: {key!r} is {shape!r}",
+                    hint="give positive integers: (1, 3, 224, 224)",
                 )
 
     @classmethod
@@ -74,9 +76,7 @@ class Model:
         return cls(name, "onnx", _source(source), fixed, _paths(depends), _paths(cases), high)
 
     @classmethod
-    def relax(
-        cls, name: str, function: Callable[[], Any], *, depends: Sequence[str | os.PathLike[str]] = ()
-    ) -> Model:
+    def relax(cls, name: str, function: Callable[[], Any], *, depends: Sequence[str | os.PathLike[str]] = ()) -> Model:
         """A function that returns an IRModule, (IRModule, {weight: array}), or (nn.Module, spec for export_tvm)."""
         return cls(name, "relax", _source(function), depends=_paths(depends))
 

@@ -105,6 +105,4 @@ class Progress(Watcher):
     def _refresh(self) -> None:
         if self._bar is not None:
             now = next(reversed(self._running.values()), "")
-            self._bar.update(
-                self._task, completed=self._done["tasks"], description=now, cached=self._done["cached"]
-            )
+            self._bar.update(self._task, completed=self._done["tasks"], description=now, cached=self._done["cached"])

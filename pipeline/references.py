@@ -80,7 +80,7 @@ def error_of(ours: Array, theirs: Any) -> float:
     What is not a floating-point number must be equal.
     """
     theirs = np.asarray(theirs)
-    if ours.shape != theirs.shape or ours.dtype.kind in "biu" and theirs.dtype.kind not in "biu":
+    if ours.shape != theirs.shape or (ours.dtype.kind in "biu" and theirs.dtype.kind not in "biu"):
         return float("inf")
     if ours.dtype.kind in "biu":
         return 0.0 if np.array_equal(ours, theirs) else float("inf")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,30 +78,29 @@ def create(workspace: Workspace, selection: Selection) -> Iterator[dict[str, Any
     if selection.part is Part.BACK:
         # What could not be extracted has failed already, in words.
         pairs = [pair for pair in pairs if workspace.build.is_extracted(*pair)]
-        groups = [name for name in DOCS if (name in FRONT) == (selection.part is Part.FRONT)]
-    else:
-        groups = list(DOCS)
-    for name in groups:
-        yield {"basename": name, "name": None, "doc": DOCS[name]}
-    if selection.part is not Part.BACK:
+    with_front, with_back = selection.part is not Part.BACK, selection.part is not Part.FRONT
+    for name, doc in DOCS.items():
+        if with_front if name in FRONT else with_back:
+            yield {"basename": name, "name": None, "doc": doc}
+    if with_front:
         yield from _front(workspace, pairs, known)
-    if selection.part is not Part.FRONT:
+    if with_back:
         yield from _back(workspace, pairs, known, with_deps=selection.part is Part.ALL)
 
 
 def _front(workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known) -> Iterator[dict[str, Any]]:
     for target in dict.fromkeys(target for target, _ in pairs):
         fresh = all(known.is_fresh(*pair) for pair in pairs if pair[0] == target)
-        yield _task("resolve", target, fresh, lambda t=target: _nothing(workspace.build.target(t)))
+        yield _task("resolve", target, fresh, _asks(workspace, "target", target))
     for model in {model.name: model for _, model in pairs}.values():
         fresh = all(known.is_fresh(*pair) for pair in pairs if pair[1] is model)
-        yield _task("read", model.name, fresh, lambda m=model: _nothing(workspace.build.source(m)))
+        yield _task("read", model.name, fresh, _asks(workspace, "source", model))
     for target, model in pairs:
         yield _task(
             "extract",
             f"{target}:{model.name}",
             known.is_fresh(target, model),
-            lambda t=target, m=model: known.plan_values(t, m),
+            partial(known.plan_values, target, model),
             [f"resolve:{target}", f"read:{model.name}"],
         )
 
@@ -123,7 +123,7 @@ def _back(
         yield _task("link", pair, fresh, _asks(workspace, "linked", target, model), [f"pack:{pair}"])
         yield _task("check", pair, fresh, _asks(workspace, "reference", target, model), [f"link:{pair}"])
         yield {
-            **_task("artifact", pair, fresh, lambda t=target, m=model: known.finish(t, m), [f"check:{pair}"]),
+            **_task("artifact", pair, fresh, partial(known.finish, target, model), [f"check:{pair}"]),
             "clean": clean,
         }
 
@@ -133,10 +133,12 @@ def _operator(workspace: Workspace, target: str, workload: Workload, fresh: bool
     for stage, method, before in (
         ("apply", "candidates", None),
         ("dispatch", "decision", "apply"),
-        ("codegen", "object", "dispatch"),
+        ("codegen", "compiled", "dispatch"),
     ):
         yield {
-            **_task(stage, name, fresh, _asks(workspace, method, target, workload), [f"{before}:{name}"] if before else []),
+            **_task(
+                stage, name, fresh, _asks(workspace, method, target, workload), [f"{before}:{name}"] if before else []
+            ),
             "doc": " ".join((workload.name, *workload.shapes)),
         }
 

@@ -1,12 +1,12 @@
 """What travels between stages and what an artifact says of itself. Plain frozen records; no behaviour but reading them.
 
-    Signature      inputs, weights and outputs of a model: TensorSpec each
-    ModelSource    what `read` makes of a model: its skeleton without weights, and the weights
-    Workload       one unique PrimFunc of a model
-    Plan           what `extract` makes of a skeleton for one target
-    Decision       what `dispatch` chose for one workload, among which candidates
-    Reference      what `check` found
-    Manifest       what an artifact says of itself: manifest.json
+Signature      inputs, weights and outputs of a model: TensorSpec each
+ModelSource    what `read` makes of a model: its skeleton without weights, and the weights
+Workload       one unique PrimFunc of a model
+Plan           what `extract` makes of a skeleton for one target
+Decision       what `dispatch` chose for one workload, among which candidates
+Reference      what `check` found
+Manifest       what an artifact says of itself: manifest.json
 """
 
 from __future__ import annotations

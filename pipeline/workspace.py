@@ -44,7 +44,8 @@ class Selection:
     targets: frozenset[str] | None = None
 
 
-_selection: ContextVar[Selection] = ContextVar("selection", default=Selection())
+_EVERYTHING = Selection()
+_selection: ContextVar[Selection] = ContextVar("selection", default=_EVERYTHING)
 
 
 @contextlib.contextmanager

@@ -65,6 +65,7 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
 """
     cmd_options = (opt_target, opt_jobs, opt_dump)
     name = "build"
+    dep_manager: Any
 
     def execute(self, params: Any, args: list[str]) -> int:
         models = frozenset(args) or None
@@ -116,7 +117,10 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
     def _dump(self, workspace: Workspace, folder: Path) -> None:
         for target, model in workspace.pairs(self._selection):
             count = workspace.build.dump(target, model, folder / target / model.name)
-            print(f"wrote the IR of {target}:{model.name} to {folder / target / model.name} ({count} files)", file=sys.stderr)
+            print(
+                f"wrote the IR of {target}:{model.name} to {folder / target / model.name} ({count} files)",
+                file=sys.stderr,
+            )
 
 
 class _Session:

@@ -55,9 +55,7 @@ class _Once:
             for known in self._known[key]:
                 if _same(known.call, call):
                     arguments = [_at(call, position) for position in known.positions]
-                    return relax.Call(
-                        _CALL_TIR, [known.function, relax.Tuple(arguments)], None, [known.result]
-                    )
+                    return relax.Call(_CALL_TIR, [known.function, relax.Tuple(arguments)], None, [known.result])
             made = rule(builder, call)
             if (known_now := _remembered(call, made)) is not None:
                 self._known[key].append(known_now)

@@ -132,7 +132,9 @@ def _preparation(
     return func, tuple(weights[var] for var in params)
 
 
-def modules(mod: tvm.IRModule, entry: str, prepare: str, inputs: int) -> tuple[tvm.IRModule, tvm.IRModule | None, Parted]:
+def modules(
+    mod: tvm.IRModule, entry: str, prepare: str, inputs: int
+) -> tuple[tvm.IRModule, tvm.IRModule | None, Parted]:
     """A module parted into one for inference and one for preparation, which share its PrimFuncs."""
     others = {gvar: func for gvar, func in mod.functions_items() if gvar.name_hint != entry}
     parted = part(mod[entry], inputs)

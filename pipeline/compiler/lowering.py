@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import tvm
@@ -76,25 +76,38 @@ class Lowered:
     functions: dict[str, Function] = field(default_factory=dict)  # by digest, in the order of the first call
 
 
+Watch = Callable[[str, tvm.IRModule], None]
+
+
+def _unwatched(_name: str, _mod: tvm.IRModule) -> None:
+    return None
+
+
 def lower(
-    mod: tvm.IRModule, weights: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, object]
+    mod: tvm.IRModule,
+    weights: Sequence[str],
+    outputs: Sequence[str],
+    attributes: Mapping[str, object],
+    watch: Watch = _unwatched,
 ) -> Lowered:
     """Lowers a module whose entry function `main` takes the inputs and then the named weights, in order.
 
-    `outputs` names what the entry function returns.
+    `outputs` names what the entry function returns; `watch` is shown the module after each step.
     Raises ModelError for an operator that TVM cannot lower or a shape that is still open.
     """
     target = targets.load(attributes)
     count = len(mod[ENTRY].params) - len(weights)
     inputs = tuple(_spec(var.name, var.ty, "input") for var in mod[ENTRY].params[:count])
+    watch("imported", mod)
     mod = _apply(CANONICALISE, mod, target)
+    watch("canonical", mod)
     main, prepare, parted = lifting.modules(mod, ENTRY, PREPARE, count)
     uses = tuple(_uses(parted.main, count, parted, weights))
     returned = _returned(parted.main, outputs)
     lowered = Lowered(inputs, returned, uses, tuple(weights[i] for i in parted.taken), b"", b"")
-    lowered.main = _finish(main, ENTRY, target, attributes, lowered)
+    lowered.main = _finish(main, ENTRY, target, attributes, lowered, watch)
     if prepare:
-        lowered.prepare = _finish(prepare, PREPARE, target, attributes, lowered)
+        lowered.prepare = _finish(prepare, PREPARE, target, attributes, lowered, watch)
     return lowered
 
 
@@ -124,17 +137,22 @@ def _finish(
     target: tvm.target.Target,
     attributes: Mapping[str, object],
     lowered: Lowered,
+    watch: Watch,
 ) -> bytes:
     """Legalises, fuses and finalises one module, notes its functions, and returns its bytecode as an object."""
+    watch(f"{entry}_lifted", mod)
     mod = _apply(LEGALISE, mod, target)
+    watch(f"{entry}_legalised", mod)
     _require_legal(mod)
     if entry == ENTRY:
         mod = _apply(FUSE, mod, target)
+        watch(f"{entry}_fused", mod)
     # 5. TVM's own last steps for a CPU: memory is planned, and calls become the virtual machine's.
     last = [*cpu_generic.dataflow_lower_passes(target), *cpu_generic.finalize_passes(target)]
     if entry == PREPARE:
         last = [phase for phase in last if phase.info.name != "StaticPlanBlockMemory"]
     mod = _apply(last, mod, target)
+    watch(f"{entry}_final", mod)
     calls = _calls(mod)
     symbols = {}
     for gvar in sorted(calls, key=lambda gvar: calls[gvar][0]):

@@ -81,12 +81,13 @@ class _BatchNormFolder(PyExprMutator):
 def call_by_symbol(mod: tvm.IRModule, symbols: Mapping[tvm.ir.GlobalVar, str]) -> tvm.IRModule:
     """Has a module's Relax functions call its PrimFuncs by linkage name, and drops the PrimFuncs.
 
-        cls.fused_conv2d_add(x, w, y)  →  R.call_packed("tvmake_4b17c507…", x, w, y)
+    cls.fused_conv2d_add(x, w, y)  →  R.call_packed("tvmake_4b17c507…", x, w, y)
     """
     replacer = _CalleeReplacer(mod, {gvar: relax.ExternFunc(symbol) for gvar, symbol in symbols.items()})
     functions = mod.functions_items()
     return tvm.IRModule(
-        {gvar: replacer.visit_expr(func) for gvar, func in functions if isinstance(func, relax.Function)}, attrs=mod.attrs
+        {gvar: replacer.visit_expr(func) for gvar, func in functions if isinstance(func, relax.Function)},
+        attrs=mod.attrs,
     )
 
 

@@ -9,6 +9,7 @@
     pack      preparation, weights         → weights as the entry function wants them
     link      objects                      → one shared library
     check     library, weights, model      → how far the outputs are from a reference's
+    dump      skeleton, candidates         → the IR after each step, to look at
 
 A stage knows nothing of doit, of caches or of where its blobs lie. Its module has one function `run(inputs, options)`
 that returns its outputs by name. What a stage declares here decides how it is keyed and where it runs.
@@ -107,5 +108,6 @@ CODEGEN = Stage("codegen", 1, Kind.BINARY, Home.COMPILER, _TVM)
 PACK = Stage("pack", 1, Kind.BINARY, Home.FRESH, (*_TVM, "cc", "host"))
 LINK = Stage("link", 1, Kind.BINARY, Home.INLINE, ("cc",))
 CHECK = Stage("check", 1, Kind.BINARY, Home.FRESH, (*_TVM, "host", "onnx", "onnxruntime", "torch"))
+DUMP = Stage("dump", 1, Kind.BINARY, Home.COMPILER, EXTRACT.tools)
 
-STAGES = (RESOLVE, READ, EXTRACT, APPLY, DISPATCH, CODEGEN, PACK, LINK, CHECK)
+STAGES = (RESOLVE, READ, EXTRACT, APPLY, DISPATCH, CODEGEN, PACK, LINK, CHECK, DUMP)

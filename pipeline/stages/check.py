@@ -130,7 +130,11 @@ def _seeded(inputs: Inputs, options: Options, outcome: _Outcome) -> None:
 
 
 def _accepted(
-    make: Callable[[], Implementation], specs: tuple[TensorSpec, ...], seed: int, bounds: tuple[int, ...], outcome: _Outcome
+    make: Callable[[], Implementation],
+    specs: tuple[TensorSpec, ...],
+    seed: int,
+    bounds: tuple[int, ...],
+    outcome: _Outcome,
 ) -> tuple[Implementation, int] | None:
     """The implementation and the largest bound of integers with which it runs; None where it refuses the model."""
     try:

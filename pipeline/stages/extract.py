@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import cast
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.compiler import passes
 from pipeline.compiler.frontends import raw
-from pipeline.compiler.lowering import ENTRY, lower
+from pipeline.compiler.lowering import ENTRY, Lowered, Watch, lower
 from pipeline.hashing import Digest
 from pipeline.stages import Inputs, Options, Outputs
 from pipeline.types import ModelKind, Plan, TensorSpec, Weight, WeightUse, Workload
@@ -20,20 +22,7 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     Outputs: plan; main, and prepare where weights need preparation; f<digest> for each workload; c0, c1, … for the
     constants that lowering made.
     """
-    kind = ModelKind(cast(str, options["kind"]))
-    weights = cast("list[str]", options["weights"])
-    if kind is ModelKind.ONNX:
-        from pipeline.compiler.frontends import onnx
-
-        mod, returned = onnx.load(inputs["skeleton"])
-        mod, constants = passes.detach_constants(mod, ENTRY, "constant_")
-    else:
-        from pipeline.compiler.frontends import relax
-
-        mod, returned = relax.load(inputs["skeleton"])
-        constants = {}
-    lowered = lower(mod, [*weights, *constants], returned, cast("dict[str, object]", options["target"]))
-
+    lowered, constants = lower_skeleton(inputs["skeleton"], options)
     outputs: dict[str, bytes | memoryview] = {"main": lowered.main}
     if lowered.prepare:
         outputs["prepare"] = lowered.prepare
@@ -65,3 +54,20 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     )
     outputs["plan"] = msgspec.json.encode(plan)
     return outputs
+
+
+def lower_skeleton(skeleton: bytes, options: Options, **watch: Watch) -> tuple[Lowered, dict[str, NDArray[np.generic]]]:
+    """Imports and lowers a skeleton. Returns that, and the arrays of the constants that importing made."""
+    weights = cast("list[str]", options["weights"])
+    constants: dict[str, NDArray[np.generic]] = {}
+    if ModelKind(cast(str, options["kind"])) is ModelKind.ONNX:
+        from pipeline.compiler.frontends import onnx
+
+        mod, returned = onnx.load(skeleton)
+        mod, constants = passes.detach_constants(mod, ENTRY, "constant_")
+    else:
+        from pipeline.compiler.frontends import relax
+
+        mod, returned = relax.load(skeleton)
+    attributes = cast("dict[str, object]", options["target"])
+    return lower(mod, [*weights, *constants], returned, attributes, **watch), constants

@@ -9,9 +9,10 @@ from typing import Any, cast
 import numpy as np
 
 from pipeline.linker import link
-from pipeline.runtime import LIBRARY, find_runtime, open_library, started
+from pipeline.runtime import find_runtime, open_library, started
 from pipeline.stages import Inputs, Options, Outputs
 from pipeline.tensors import Array, aligned_copy, array_over, fits, flat, tensor_over
+from pipeline.types import LIBRARY
 from pipeline.weightfile import dtype_of
 
 
@@ -42,4 +43,4 @@ def mapped(path: Path, shape: list[int], dtype: str) -> Array:
 
 
 def _bytes(result: Any) -> memoryview:
-    return memoryview(np.asarray(array_over(result), order="C").reshape(-1).view(np.uint8))
+    return np.asarray(array_over(result), order="C").reshape(-1).view(np.uint8).data

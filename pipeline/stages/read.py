@@ -48,7 +48,9 @@ def run(inputs: Inputs, options: Options) -> Outputs:
 def _read(options: Options) -> Read:
     kind = ModelKind(cast(str, options["kind"]))
     source = Path(cast(str, options["path"])) if options.get("path") else _Called(cast(bytes, options["function"]))
-    shapes = {name: tuple(cast("list[int]", shape)) for name, shape in cast("dict[str, Any]", options["shapes"]).items()}
+    shapes = {
+        name: tuple(cast("list[int]", shape)) for name, shape in cast("dict[str, Any]", options["shapes"]).items()
+    }
     if kind is ModelKind.ONNX:
         from pipeline.compiler.frontends import onnx
 
@@ -100,4 +102,3 @@ def _npz(case: Case) -> bytes:
     arrays |= {f"out:{name}": value for name, value in case.outputs.items()}
     np.savez(stream, allow_pickle=False, origin=np.array(case.origin), **arrays)
     return stream.getvalue()
-

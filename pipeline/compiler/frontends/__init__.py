@@ -39,4 +39,4 @@ class Read:
 
 def raw(array: np.ndarray) -> memoryview:
     """An array's bytes without a copy where it lies in C order already."""
-    return memoryview(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+    return np.asarray(array, order="C").reshape(-1).view(np.uint8).data

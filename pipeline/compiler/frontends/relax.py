@@ -72,7 +72,9 @@ def _module_and_weights(returned: Any) -> tuple[tvm.IRModule, Mapping[str, Any]]
 def _with_entry(mod: tvm.IRModule) -> tvm.IRModule:
     """The module with its one public Relax function called `main`."""
     public = [
-        gvar for gvar, func in mod.functions_items() if isinstance(func, relax.Function) and "global_symbol" in func.attrs
+        gvar
+        for gvar, func in mod.functions_items()
+        if isinstance(func, relax.Function) and "global_symbol" in func.attrs
     ]
     if not public:
         raise ModelError("the model is empty: its module has no public Relax function")
