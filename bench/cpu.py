@@ -43,9 +43,11 @@ def measure(
     cwd: str | os.PathLike[str] | None = None,
     *,
     stdout: int | None = None,
+    stderr: int | None = None,
     patience: float = _PATIENCE,
 ) -> Usage:
-    """Runs a command and says what it used. `env` replaces the environment; `stdout` is a file descriptor.
+    """Runs a command and says what it used. `env` replaces the environment; `stdout` and `stderr` are file
+    descriptors.
 
     Processes that the command leaves behind are waited for, `patience` seconds at most, then killed. A command that
     cannot be started raises what subprocess raises.
@@ -54,7 +56,7 @@ def measure(
     harness = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(writing), str(patience), *argv]
     with os.fdopen(reading) as report:
         try:
-            child = subprocess.Popen(harness, env=env, cwd=cwd, stdout=stdout, pass_fds=(writing,))
+            child = subprocess.Popen(harness, env=env, cwd=cwd, stdout=stdout, stderr=stderr, pass_fds=(writing,))
         finally:
             os.close(writing)
         answer = report.read()

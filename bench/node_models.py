@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 
 class NodeCase(NamedTuple):
-    """One test: a model of one operator or of its expansion, its inputs in order, and what must come out."""
+    """One test: a model of one operator or of its expansion, its inputs in order, what must come out and how exactly."""
 
     name: str
     model: onnx.ModelProto
     inputs: list[np.ndarray]
     outputs: list[np.ndarray]
+    rtol: float = 1e-3
+    atol: float = 1e-7
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def _all_cases() -> tuple[list[NodeCase], Counter[str]]:
             left_out[reason] += 1
             continue
         inputs, outputs = ([_array(value) for value in values] for values in test.data_sets[0])
-        usable.append(NodeCase(test.name, test.model, inputs, outputs))
+        usable.append(NodeCase(test.name, test.model, inputs, outputs, test.rtol, test.atol))
     return usable, left_out
 
 

@@ -191,7 +191,7 @@ def test_a_death_is_told_and_the_next_call_works(
 def test_what_was_printed_before_is_not_blamed(crew: Workers) -> None:
     perform(crew, action(double(stage_doubles.chatter)))
     with pytest.raises(WorkerDiedError) as caught:
-        perform(crew, action(double(stage_doubles.segfault)))
+        perform(crew, action(double(stage_doubles.vanish)))
     assert "xxx" not in str(caught.value)
     assert "yyy" not in str(caught.value)
 
@@ -326,9 +326,8 @@ if sys.argv[2] == "interrupt":
     workers.stop()
     sys.exit()
 seconds = {"started": str(folder / "started"), "seconds": 60}
-threading.Thread(
-    target=workers.perform, args=(Action(stage_doubles.double(stage_doubles.sleep), "s", options=seconds), "cd" * 32, {})
-).start()
+sleep = Action(stage_doubles.double(stage_doubles.sleep), "s", options=seconds)
+threading.Thread(target=workers.perform, args=(sleep, "cd" * 32, {})).start()
 time.sleep(0.7)
 print(*(worker._process.pid for worker in workers._all), flush=True)
 time.sleep(60)

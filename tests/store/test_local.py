@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -281,7 +282,7 @@ def test_a_full_disk_refuses_an_entry_and_leaves_the_old_one(small: Path) -> Non
     store = Store(small / "store")
     kept = entry_of(store, out=b"out")
     store.commit(KEY, kept)
-    with open(small / "ballast", "wb", buffering=0) as ballast, pytest.raises(OSError, match="No space"):
+    with open(small / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
         while True:
             ballast.write(bytes(4096))
     with pytest.raises(StoreError, match="No space left on device"):
