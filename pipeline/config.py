@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -60,19 +60,36 @@ def load_target(path: Path) -> TargetFile:
         read = msgspec.convert(table, TargetFile)
     except msgspec.ValidationError as error:
         said = str(error).replace("Object contains unknown", "unknown").replace("Object missing required", "missing")
-        allowed = (
-            f"keys: {', '.join(TargetFile.__struct_fields__)}; under [check]: {', '.join(Check.__struct_fields__)}"
-        )
-        raise ConfigError(f"{_shown(path)}: {said.replace('field', 'key')}", hint=allowed) from error
+        raise ConfigError(f"{_shown(path)}: {said.replace('field', 'key')}", hint=_allowed()) from error
     unknown = [name for name in read.order if name not in STRATEGY_NAMES]
     if unknown or not read.order:
         what = f"order names {', '.join(map(repr, unknown))}" if unknown else "order is empty"
         raise ConfigError(f"{_shown(path)}: {what}", hint=f"strategies: {', '.join(STRATEGY_NAMES)}")
+    _require_sensible(path, read)
     if not read.check.seeds and read.check.enabled:
         raise ConfigError(
             f"{_shown(path)}: check.seeds is empty", hint="give at least one, or set check.enabled = false"
         )
     return read
+
+
+def _allowed() -> str:
+    """The keys of a target's file, and the values of those that have a few."""
+    hints = get_type_hints(TargetFile)
+    keys = []
+    for name in TargetFile.__struct_fields__:
+        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        keys.append(name + (f" ({', '.join(choices)})" if choices else ""))
+    return f"keys: {', '.join(keys)}; under [check]: {', '.join(Check.__struct_fields__)}"
+
+
+def _require_sensible(path: Path, read: TargetFile) -> None:
+    if not read.timeout > 0:
+        raise ConfigError(f"{_shown(path)}: timeout is {read.timeout}", hint="give seconds, more than 0")
+    if not read.check.tolerance >= 0:
+        raise ConfigError(f"{_shown(path)}: check.tolerance is {read.check.tolerance}", hint="give 0 or more")
+    if any(seed < 0 for seed in read.check.seeds):
+        raise ConfigError(f"{_shown(path)}: check.seeds is {list(read.check.seeds)}", hint="give numbers of 0 or more")
 
 
 def _shown(path: Path) -> str:

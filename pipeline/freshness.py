@@ -8,10 +8,12 @@ stages are looked up in the store one by one.
 
 from __future__ import annotations
 
+import enum
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import sysconfig
 import time
@@ -28,11 +30,18 @@ from pipeline.toolchain import PACKAGES, compiler, host_identity, tvm_library
 Record = dict[str, Any]
 
 
-def record(declared: str, files: Iterable[Path], made: Iterable[Path]) -> Record:
-    """What to keep of a build that is done. Waits some milliseconds where a file is too new to be stamped."""
-    paths = {str(path): Path(path) for path in (*files, *made)}
+def record(declared: str, files: Iterable[Path], made: Iterable[Path], begun_ns: int) -> Record | None:
+    """What to keep of a build that is done, or None where one of the files that it read changed after it began.
+
+    Files that are not there are kept as such: one that appears later is a change. Waits some milliseconds where a file
+    that was made is too new to be stamped.
+    """
+    read = {str(path): Stamp.of(path) for path in files}
+    # The time of the inode's change tells of a file that was moved into place as well as of one that was written.
+    if any(_changed_ns(Path(name)) >= begun_ns - RACY_NS for name in read):
+        return None
     while True:
-        stamps = {name: Stamp.of(path) for name, path in paths.items()}
+        stamps = {**read, **{str(path): Stamp.of(path) for path in made}}
         now = time.time_ns()
         newest = max((stamp.mtime_ns for stamp in stamps.values() if stamp), default=0)
         if not 0 <= now - newest <= RACY_NS:
@@ -41,15 +50,28 @@ def record(declared: str, files: Iterable[Path], made: Iterable[Path]) -> Record
     return {
         "declared": declared,
         "at": now,
-        "files": {name: [s.size, s.mtime_ns, s.inode, s.content] for name, s in stamps.items() if s},
+        "files": {name: [s.size, s.mtime_ns, s.inode, s.content] if s else None for name, s in stamps.items()},
     }
 
 
+def _changed_ns(path: Path) -> int:
+    try:
+        return path.stat().st_ctime_ns
+    except OSError:
+        return 0
+
+
 def holds(kept: Mapping[str, Any] | None, declared: str) -> bool:
-    """Whether everything that a record names is as it was."""
-    if not kept or kept.get("declared") != declared:
+    """Whether everything that a record names is as it was. A record of another form does not hold."""
+    try:
+        if not kept or kept["declared"] != declared:
+            return False
+        return all(
+            Stamp(*stamp).still_holds(Path(name), kept["at"]) if stamp else not Path(name).exists()
+            for name, stamp in kept["files"].items()
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
         return False
-    return all(Stamp(*stamp).still_holds(Path(name), kept["at"]) for name, stamp in kept["files"].items())
 
 
 def declaration(model: Model, target: str) -> str:
@@ -60,7 +82,7 @@ def declaration(model: Model, target: str) -> str:
         target,
         str(model.source) if isinstance(model.source, Path) else function_fingerprint(model.source),
         repr(sorted(model.shapes.items())),
-        repr([str(path) for path in (*model.depends, *model.cases)]),
+        repr([[str(path) for path in model.depends], [str(path) for path in model.cases]]),
         str(model.high),
         _machine_declaration(),
     ]
@@ -105,13 +127,13 @@ def loaded_user_files() -> list[Path]:
 
 def user_files(modules: Iterable[str]) -> list[str]:
     """Files of the named modules that may change: not the standard library's, not installed packages', not ours."""
-    fixed = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-    package = str(Path(__file__).resolve().parent)
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    fixed = tuple(folder + os.sep for folder in (*folders, str(Path(__file__).resolve().parent)))
     files = {getattr(sys.modules.get(name), "__file__", None) for name in modules}
-    return sorted(name for name in files if name and name.endswith(".py") and not name.startswith((*fixed, package)))
+    return sorted(name for name in files if name and name.endswith(".py") and not name.startswith(fixed))
 
 
-_PLAIN = (str, bytes, int, float, bool, type(None), Path)
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), Path, enum.Enum)
 
 
 def function_fingerprint(function: Callable[..., Any]) -> str:
@@ -119,41 +141,53 @@ def function_fingerprint(function: Callable[..., Any]) -> str:
 
     The code itself is in files, which are stamped; a value may come from the environment.
     """
-    seen: set[int] = set()
-    parts: list[str] = []
+    met: dict[int, int] = {}  # functions by order of meeting; the graph of what they call has circles
+    above: list[int] = []  # containers that are being told
 
-    def visit(value: object) -> None:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
+    def told(value: object) -> object:
+        if isinstance(value, _PLAIN):
+            return (type(value).__name__, repr(value))
+        if isinstance(value, types.FunctionType):
+            if id(value) in met:
+                return ("function", met[id(value)])
+            met[id(value)] = len(met)
+            reads = [name for name in _names(value.__code__) if name in value.__globals__]
+            return (
+                value.__qualname__,
+                [_content(cell, told) for cell in value.__closure__ or ()],
+                told(value.__defaults__),
+                told(value.__kwdefaults__),
+                [(name, told(value.__globals__[name])) for name in reads],
+            )
+        if id(value) in above:
+            return ("circle", len(above) - above.index(id(value)))
+        above.append(id(value))
+        try:
+            return (type(value).__name__, parts(value))
+        finally:
+            above.pop()
+
+    def parts(value: object) -> object:
         if isinstance(value, functools.partial):
-            visit(value.func)
-            for argument in (*value.args, *sorted(value.keywords.items())):
-                visit(argument)
-        elif isinstance(value, types.FunctionType):
-            parts.append(value.__qualname__)
-            for cell in value.__closure__ or ():
-                visit(cell.cell_contents)
-            visit(value.__defaults__)
-            for name in _names(value.__code__):
-                if name in value.__globals__:
-                    found = value.__globals__[name]
-                    if isinstance(found, (*_PLAIN, tuple, list, dict, types.FunctionType, functools.partial)):
-                        parts.append(name)
-                        visit(found)
-        elif isinstance(value, _PLAIN):
-            parts.append(repr(value))
-            seen.discard(id(value))
-        elif isinstance(value, tuple | list):
-            for item in value:
-                visit(item)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                parts.append(repr(key))
-                visit(item)
+            return told(value.func), [told(item) for item in value.args], told(value.keywords)
+        if isinstance(value, types.MethodType):
+            return told(value.__func__), told(getattr(value.__self__, "__dict__", None))
+        if isinstance(value, tuple | list):
+            return [told(item) for item in value]
+        if isinstance(value, set | frozenset):
+            return sorted(repr(told(item)) for item in value)
+        if isinstance(value, dict):
+            return [(told(key), told(item)) for key, item in value.items()]
+        return None
 
-    visit(function)
-    return "\0".join(parts)
+    return repr(told(function))
+
+
+def _content(cell: types.CellType, told: Callable[[object], object]) -> object:
+    try:
+        return told(cell.cell_contents)
+    except ValueError:
+        return "unbound"
 
 
 def _names(code: types.CodeType) -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.errors import StageError, TvmakeError, WorkerDiedError
+from pipeline.errors import StageError, TvmakeError
 from pipeline.hashing import Digest, key_of
 from pipeline.stages import Home, Inputs, Kind, Stage
 from pipeline.store import ActionEntry, Store
@@ -148,16 +148,16 @@ def perform(store: Store, action: Action, key: str, components: dict[str, object
     try:
         made = action.stage.load()(Inputs(store, action.inputs), action.options)
         outputs = {name: store.put(data) for name, data in made.items()}
-    except (TvmakeError, WorkerDiedError):
+        entry = ActionEntry(action.stage.name, components, outputs, time.perf_counter() - begun)
+        if action.stage.kind is not Kind.SOURCE:
+            store.commit(key, entry)
+        return entry
+    except TvmakeError:
         raise
     except MemoryError as error:
         raise StageError("out of memory", stage=action.stage.name, subject=action.subject, key=key) from error
     except Exception as error:
         raise StageError(_last_line(error), stage=action.stage.name, subject=action.subject, key=key) from error
-    entry = ActionEntry(action.stage.name, components, outputs, time.perf_counter() - begun)
-    if action.stage.kind is not Kind.SOURCE:
-        store.commit(key, entry)
-    return entry
 
 
 def _last_line(error: Exception) -> str:

@@ -53,11 +53,16 @@ class Model:
             )
         if self.kind == "relax" and isinstance(self.source, Path):
             raise ConfigError(f"model {self.name!r}: Model.relax takes a function, not a path")
+        for role, paths in (("depends", self.depends), ("cases", self.cases)):
+            if not isinstance(paths, tuple):
+                raise ConfigError(f"model {self.name!r}: {role} is {paths!r}", hint="give a list of paths")
+        if not isinstance(self.high, int) or isinstance(self.high, bool) or self.high < 0:
+            raise ConfigError(f"model {self.name!r}: high is {self.high!r}", hint="give a number of 0 or more")
         for key, shape in self.shapes.items():
-            if not all(isinstance(extent, int) and extent > 0 for extent in shape):
+            if not isinstance(shape, tuple) or not all(type(extent) is int and extent >= 0 for extent in shape):
                 raise ConfigError(
                     f"shapes of model {self.name!r}: {key!r} is {shape!r}",
-                    hint="give positive integers: (1, 3, 224, 224)",
+                    hint="give the extents: (1, 3, 224, 224)",
                 )
 
     @classmethod
@@ -72,7 +77,9 @@ class Model:
         high: int = 0,
     ) -> Model:
         """An ONNX file, or a function that returns a ModelProto or the path of one."""
-        fixed = {str(key): tuple(value) for key, value in (shapes or {}).items()}
+        fixed: dict[str, Any] = {
+            str(key): tuple(value) if _is_list(value) else value for key, value in (shapes or {}).items()
+        }
         return cls(name, "onnx", _source(source), fixed, _paths(depends), _paths(cases), high)
 
     @classmethod
@@ -91,4 +98,8 @@ def _source(source: Source) -> Path | Callable[[], Any]:
 
 
 def _paths(paths: Sequence[str | os.PathLike[str]]) -> tuple[Path, ...]:
-    return tuple(Path(path) for path in paths)
+    return tuple(Path(path) for path in paths) if _is_list(paths) else paths  # type: ignore[return-value]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -24,7 +24,7 @@ from doit.globals import Globals
 from pipeline import freshness
 from pipeline.errors import TvmakeError
 from pipeline.models import Model
-from pipeline.workspace import Part, Selection, Workspace
+from pipeline.workspace import BEGUN_NS, Part, Selection, Workspace
 
 if TYPE_CHECKING:
     from pipeline.types import Plan, Workload
@@ -218,8 +218,8 @@ class _Known:
             *freshness.machine_files(),
             self._workspace.target_file(target),
         ]
-        record = freshness.record(self._declared[target, model.name], files, sorted(folder.iterdir()))
-        return {"record": record}
+        made = sorted(folder.iterdir())
+        return {"record": freshness.record(self._declared[target, model.name], files, made, BEGUN_NS)}
 
 
 def _values(task: str) -> dict[str, Any]:

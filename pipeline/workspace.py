@@ -11,6 +11,7 @@ import contextlib
 import enum
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from pipeline.models import Model
 
 if TYPE_CHECKING:
     from pipeline.build import Build
+
+# When this process began to look at files: one that changes later may have been read before or after.
+BEGUN_NS = time.time_ns()
 
 # SQLite keeps what two runs at once write; doit's other files lose it.
 DOIT_CONFIG = {"backend": "sqlite3", "dep_file": ".doit.db", "verbosity": 1}

@@ -27,7 +27,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 def kept_of(folder: Path, *more: Path) -> Record:
-    return record("declared", [folder / "read", *more], [folder / "made"])
+    kept = record("declared", [folder / "read", *more], [folder / "made"], begun_ns=sys.maxsize)
+    assert kept is not None
+    return kept
+
+
+def test_a_file_that_changed_after_the_build_began_leaves_no_record(folder: Path) -> None:
+    begun = time.time_ns()
+    assert record("declared", [], [folder / "made"], begun_ns=begun) is not None
+    (folder / "read").write_bytes(b"edited while it was built")
+    assert record("declared", [folder / "read"], [folder / "made"], begun_ns=begun) is None
+    kept = folder / "kept"
+    kept.write_bytes(b"older")
+    os.utime(kept, ns=(0, 0))
+    kept.rename(folder / "read")  # moved into place: its own time does not tell
+    assert record("declared", [folder / "read"], [folder / "made"], begun_ns=begun) is None
 
 
 def test_a_record_holds_while_nothing_changes(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tvm
+from typing import Any
 
 from pipeline.compiler import ir
 from pipeline.stages import Inputs, Options, Outputs
@@ -16,16 +16,16 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     """
     texts: dict[str, bytes] = {}
 
-    def watch(name: str, mod: tvm.IRModule) -> None:
+    def watch(name: str, mod: Any) -> None:
         texts[f"{len(texts) + 1}_{name}.py"] = _script(mod)
 
     lower_skeleton(inputs["skeleton"], options, watch=watch)
     for name in inputs:
         if name != "skeleton":
-            texts[f"operators/{name}.py"] = _script(tvm.IRModule({"main": ir.load(inputs[name])}))
+            texts[f"operators/{name}.py"] = _script(ir.load(inputs[name]))
     return texts
 
 
-def _script(mod: tvm.IRModule) -> bytes:
-    text: str = mod.script()
+def _script(shown: Any) -> bytes:
+    text: str = shown.script()
     return text.encode() + b"\n"
