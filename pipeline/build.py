@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from pipeline import artifact, stages
+from pipeline.compiler import strategies
 from pipeline.config import TargetFile, load_target
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hashing import Digest
@@ -41,9 +42,6 @@ from pipeline.types import (
 )
 
 T = TypeVar("T")
-
-# The version of each strategy, by name. Kept in step with pipeline.compiler.strategies, which cannot be imported here.
-STRATEGY_VERSIONS = {"default": 1}
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class Build:
     # the stages, one by one
 
     def _resolve(self, name: str) -> Target:
-        file = load_target(self.folder / "targets" / f"{name}.toml")
+        file = load_target(self.folder / "targets" / f"{name}.toml", [s.name for s in strategies.STRATEGIES])
         action = Action(stages.RESOLVE, f"target {name}", options={"target": file.target})
         try:
             entry = self.memoizer.run(action)
@@ -212,7 +210,7 @@ class Build:
         for strategy in resolved.file.order:
             options: dict[str, object] = {
                 "strategy": strategy,
-                "strategy version": STRATEGY_VERSIONS[strategy],
+                "strategy version": strategies.by_name(strategy).version,
                 "target": resolved.attributes,
             }
             action = Action(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -45,11 +46,11 @@ class TargetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     check: Check = Check()
 
 
-STRATEGY_NAMES = ("default",)
+def load_target(path: Path, strategies: Collection[str] | None = None) -> TargetFile:
+    """Reads a target's file, which may name these strategies (any, where None).
 
-
-def load_target(path: Path) -> TargetFile:
-    """Reads a target's file. Raises ConfigError that says which file, which key, and what is allowed."""
+    Raises ConfigError that says which file, which key, and what is allowed.
+    """
     try:
         table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -61,10 +62,10 @@ def load_target(path: Path) -> TargetFile:
     except msgspec.ValidationError as error:
         said = str(error).replace("Object contains unknown", "unknown").replace("Object missing required", "missing")
         raise ConfigError(f"{_shown(path)}: {said.replace('field', 'key')}", hint=_allowed()) from error
-    unknown = [name for name in read.order if name not in STRATEGY_NAMES]
+    unknown = [name for name in read.order if strategies is not None and name not in strategies]
     if unknown or not read.order:
         what = f"order names {', '.join(map(repr, unknown))}" if unknown else "order is empty"
-        raise ConfigError(f"{_shown(path)}: {what}", hint=f"strategies: {', '.join(STRATEGY_NAMES)}")
+        raise ConfigError(f"{_shown(path)}: {what}", hint=f"strategies: {', '.join(strategies or ())}")
     _require_sensible(path, read)
     if not read.check.seeds and read.check.enabled:
         raise ConfigError(

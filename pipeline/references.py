@@ -25,16 +25,20 @@ class Implementation:
     run: Run
 
 
+# The reference evaluator is written for clarity: with more elements of weights than this it takes minutes.
+_PATIENT = 2_000_000
+
+
 def onnx_implementations(skeleton: bytes, weights: Feeds) -> Sequence[Callable[[], Implementation]]:
-    """The installed ones, the most trusted first. Each may refuse the model by raising when it is made or run.
+    """The installed ones that will do, the most trusted first. Each may refuse the model by raising when made or run.
 
     The skeleton takes the weights as inputs, so that a model of any size is checked without being put together again.
     """
-    makers: list[Callable[[], Implementation]] = []
-    if importlib.util.find_spec("onnxruntime") is not None:
-        makers.append(lambda: _onnxruntime(skeleton, weights))
-    makers.append(lambda: _onnx_reference(skeleton, weights))
-    return makers
+    fast = importlib.util.find_spec("onnxruntime") is not None
+    if not fast and sum(weight.size for weight in weights.values()) > _PATIENT:
+        return ()
+    makers = [lambda: _onnxruntime(skeleton, weights)] if fast else []
+    return (*makers, lambda: _onnx_reference(skeleton, weights))
 
 
 def _onnxruntime(skeleton: bytes, weights: Feeds) -> Implementation:

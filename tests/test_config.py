@@ -20,7 +20,7 @@ def write(folder: Path, text: str | bytes) -> Path:
 
 def refused(path: Path) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        load_target(path)
+        load_target(path, ["default"])
     assert "targets/cpu.toml" in caught.value.message
     assert str(path) not in str(caught.value)
     return caught.value
@@ -43,7 +43,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         tolerance = 1e-2
         seeds = [1, 2]
     """
-    assert load_target(write(tmp_path, text)) == TargetFile(
+    assert load_target(write(tmp_path, text), ["default"]) == TargetFile(
         target={"kind": "llvm", "mcpu": "x86-64-v3"},
         models=("a", "b"),
         order=("default",),
@@ -126,7 +126,7 @@ def test_a_file_without_permission_is_told(tmp_path: Path) -> None:
     if child == 0:
         os.setresuid(65534, 65534, 65534)
         try:
-            load_target(path)
+            load_target(path, ["default"])
         except ConfigError as error:
             os._exit(0 if "cannot be read: Permission denied" in str(error) else 2)
         finally:

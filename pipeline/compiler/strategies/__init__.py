@@ -2,16 +2,17 @@
 
 To add one, write a file with a class that has these members and name it in STRATEGIES, whose order is the order of
 choice where a target's file gives none. The version enters the key: raise it when the same workload would get another
-function.
+function. Import TVM inside `apply`: names and versions are read where TVM is not loaded.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import tvm
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.compiler.strategies.default import Default
+
+if TYPE_CHECKING:
+    import tvm
 
 
 class Strategy(Protocol):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import tvm
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tvm
 
 
 class Default:
