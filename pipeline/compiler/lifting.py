@@ -138,8 +138,12 @@ def modules(
     """A module parted into one for inference and one for preparation, which share its PrimFuncs."""
     others = {gvar: func for gvar, func in mod.functions_items() if gvar.name_hint != entry}
     parted = part(mod[entry], inputs)
-    main = tvm.IRModule({**others, entry: parted.main}, attrs=mod.attrs)
+    main = _normal(tvm.IRModule({**others, entry: parted.main}, attrs=mod.attrs))
     if parted.prepare is None:
         return main, None, parted
     named = parted.prepare.with_attr("global_symbol", prepare)
-    return main, tvm.IRModule({**others, prepare: named}, attrs=mod.attrs), parted
+    return main, _normal(tvm.IRModule({**others, prepare: named}, attrs=mod.attrs)), parted
+
+
+def _normal(mod: tvm.IRModule) -> tvm.IRModule:
+    return relax.transform.Normalize()(mod)

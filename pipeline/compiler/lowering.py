@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm import relax
@@ -63,17 +63,26 @@ class Function:
     prepares: bool  # whether the preparation of weights calls it
 
 
-@dataclass
+Functions = dict[str, Function]  # by digest, in the order of the first call
+
+
+@dataclass(frozen=True)
 class Lowered:
-    """What lowering makes of a module. Weights are named as the model names them, or by index among what is packed."""
+    """What lowering makes of a module.
+
+    weights  for each weight argument of inference: its spec; its name in the model, or "" and its index among what the
+             preparation makes
+    packing  names of the weights that the preparation takes
+    main     the object with inference's bytecode; prepare the preparation's, empty where there is nothing to prepare
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    weights: tuple[tuple[TensorSpec, str, int], ...]  # spec, name in the model or "", index among the packed or -1
+    weights: tuple[tuple[TensorSpec, str, int], ...]
     packing: tuple[str, ...]
     main: bytes
     prepare: bytes
-    functions: dict[str, Function] = field(default_factory=dict)  # by digest, in the order of the first call
+    functions: Functions
 
 
 Watch = Callable[[str, tvm.IRModule], None]
@@ -102,13 +111,24 @@ def lower(
     mod = _apply(CANONICALISE, mod, target)
     watch("canonical", mod)
     main, prepare, parted = lifting.modules(mod, ENTRY, PREPARE, count)
-    uses = tuple(_uses(parted.main, count, parted, weights))
-    returned = _returned(parted.main, outputs)
-    lowered = Lowered(inputs, returned, uses, tuple(weights[i] for i in parted.taken), b"", b"")
-    lowered.main = _finish(main, ENTRY, target, attributes, lowered, watch)
+    bytecode, functions = _finish(main, ENTRY, target, attributes, watch)
+    preparation: bytes = b""
     if prepare:
-        lowered.prepare = _finish(prepare, PREPARE, target, attributes, lowered, watch)
-    return lowered
+        preparation, preparing = _finish(prepare, PREPARE, target, attributes, watch)
+        functions |= {digest: _also_prepares(functions.get(digest), each) for digest, each in preparing.items()}
+    return Lowered(
+        inputs,
+        _returned(parted.main, outputs),
+        tuple(_uses(parted.main, count, parted, weights)),
+        tuple(weights[i] for i in parted.taken),
+        bytecode,
+        preparation,
+        functions,
+    )
+
+
+def _also_prepares(known: Function | None, preparing: Function) -> Function:
+    return replace(known or preparing, calls=known.calls if known else 0, prepares=True)
 
 
 def _apply(phases: Iterable[tvm.ir.transform.Pass], mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
@@ -132,14 +152,9 @@ def _uses(
 
 
 def _finish(
-    mod: tvm.IRModule,
-    entry: str,
-    target: tvm.target.Target,
-    attributes: Mapping[str, object],
-    lowered: Lowered,
-    watch: Watch,
-) -> bytes:
-    """Legalises, fuses and finalises one module, notes its functions, and returns its bytecode as an object."""
+    mod: tvm.IRModule, entry: str, target: tvm.target.Target, attributes: Mapping[str, object], watch: Watch
+) -> tuple[bytes, Functions]:
+    """Legalises, fuses and finalises one module. Returns its bytecode as an object, and the functions that it calls."""
     watch(f"{entry}_lifted", mod)
     mod = _apply(LEGALISE, mod, target)
     watch(f"{entry}_legalised", mod)
@@ -153,38 +168,36 @@ def _finish(
         last = [phase for phase in last if phase.info.name != "StaticPlanBlockMemory"]
     mod = _apply(last, mod, target)
     watch(f"{entry}_final", mod)
-    calls = _calls(mod)
+
+    functions: Functions = {}
     symbols = {}
-    for gvar in sorted(calls, key=lambda gvar: calls[gvar][0]):
-        func = mod[gvar]
-        canonical = ir.canonical(func)
+    for gvar, times in _calls(mod).items():
+        canonical = ir.canonical(mod[gvar])
         digest = Digest.of(canonical).hash
-        _, times = calls[gvar]
-        known = lowered.functions.get(digest)
-        lowered.functions[digest] = Function(
-            known.name if known else readable_name(gvar.name_hint),
-            canonical,
-            known.structural_hash if known else ir.structural_hash(func),
-            known.shapes if known else ir.shapes(func),
-            (known.calls if known else 0) + (times if entry == ENTRY else 0),
-            (known.prepares if known else False) or entry == PREPARE,
-        )
         symbols[gvar] = symbol_of(digest)
+        known = functions.get(digest)
+        functions[digest] = (
+            replace(known, calls=known.calls + times) if known else _described(gvar, mod[gvar], canonical, times)
+        )
     builder = relax.ExecBuilder()
     _vmcodegen(builder, passes.call_by_symbol(mod, symbols))
     executable = vm_api.VMLink(builder, target, None, [], {})
-    return objects.pack_bytecode(executable, attributes)
+    return objects.pack_bytecode(executable, attributes), functions
 
 
-def _calls(mod: tvm.IRModule) -> dict[tvm.ir.GlobalVar, tuple[int, int]]:
-    """For each PrimFunc that is called: when it is first called, and how often."""
+def _described(gvar: tvm.ir.GlobalVar, func: tvm.tirx.PrimFunc, canonical: bytes, calls: int) -> Function:
+    name = readable_name(gvar.name_hint)
+    return Function(name, canonical, ir.structural_hash(func), ir.shapes(func), calls, prepares=False)
+
+
+def _calls(mod: tvm.IRModule) -> dict[tvm.ir.GlobalVar, int]:
+    """How often each PrimFunc is called, in the order of the first call."""
     functions = {gvar for gvar, func in mod.functions_items() if isinstance(func, tvm.tirx.PrimFunc)}
-    calls: dict[tvm.ir.GlobalVar, tuple[int, int]] = {}
+    calls: dict[tvm.ir.GlobalVar, int] = {}
     for call in passes.all_calls(mod):
         for callee in (call.op, *call.args):
             if isinstance(callee, tvm.ir.GlobalVar) and callee in functions:
-                first, times = calls.get(callee, (len(calls), 0))
-                calls[callee] = (first, times + 1)
+                calls[callee] = calls.get(callee, 0) + 1
     return calls
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import tvm
 from tvm import relax, te
-from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
+from tvm.ir.expr import GenericConst
+from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from pipeline.compiler.legalize import legalize
 
@@ -106,22 +107,21 @@ def all_calls(mod: tvm.IRModule) -> Iterator[relax.Call]:
     of a thousand weights are much larger than the code.)"""
     for _, func in sorted(mod.functions_items(), key=lambda item: item[0].name_hint):
         if isinstance(func, relax.Function):
-            yield from _calls_in(func.body)
+            yield from (b.value for b in _bindings_in(func.body) if isinstance(b.value, relax.Call))
 
 
-def _calls_in(expr: relax.Expr) -> Iterator[relax.Call]:
-    if isinstance(expr, relax.Call):
-        yield expr
-    elif isinstance(expr, relax.If):
-        yield from _calls_in(expr.true_branch)
-        yield from _calls_in(expr.false_branch)
+def _bindings_in(expr: relax.Expr) -> Iterator[relax.Binding]:
+    """The bindings of an expression in order, those of branches and inner functions before the one that holds them."""
+    if isinstance(expr, relax.If):
+        yield from _bindings_in(expr.true_branch)
+        yield from _bindings_in(expr.false_branch)
     elif isinstance(expr, relax.Function):
-        yield from _calls_in(expr.body)
+        yield from _bindings_in(expr.body)
     elif isinstance(expr, relax.SeqExpr):
         for block in expr.blocks:
             for binding in block.bindings:
-                yield from _calls_in(binding.value)
-        yield from _calls_in(expr.body)
+                yield from _bindings_in(binding.value)
+                yield binding
 
 
 @tvm.transform.module_pass(opt_level=0, name="LegalizeOnce")
@@ -145,13 +145,12 @@ def detach_constants(mod: tvm.IRModule, entry: str, prefix: str) -> tuple[tvm.IR
     """
     func = mod[entry]
     found: dict[bytes, tuple[relax.Var, np.ndarray]] = {}
-    collector = _ConstantCollector()
-    collector.visit_expr(func)
-    if not collector.constants:
+    constants = list(_trained_constants(func))
+    if not constants:
         return mod, {}
     replacer = _ConstantReplacer(mod, {})
-    for constant in collector.constants:
-        array = constant.data.numpy()
+    for constant in constants:
+        array = constant.value.numpy()
         identity = b"%s %r " % (str(array.dtype).encode(), array.shape) + array.tobytes()
         if identity not in found:
             found[identity] = (relax.Var(f"{prefix}{len(found)}", constant.ty), array)
@@ -163,28 +162,35 @@ def detach_constants(mod: tvm.IRModule, entry: str, prefix: str) -> tuple[tvm.IR
     return replacer.builder_.get(), {f"{prefix}{i}": array for i, (_, array) in enumerate(found.values())}
 
 
-def _is_trained(constant: relax.Constant) -> bool:
-    shape, dtype = constant.data.shape, str(constant.data.dtype)
+def _is_trained(constant: GenericConst) -> bool:
+    shape, dtype = constant.value.shape, str(constant.value.dtype)
     if len(shape) == 0:
         return False
     return dtype.startswith(_FLOATS) or int(np.prod(shape)) > _SMALL
 
 
-@visitor
-class _ConstantCollector(PyExprVisitor):
-    def __init__(self) -> None:
-        self.constants: list[relax.Constant] = []
+def _trained_constants(func: relax.Function) -> Iterator[GenericConst]:
+    for binding in _bindings_in(func.body):
+        yield from (leaf for leaf in _leaves(binding.value) if isinstance(leaf, GenericConst) and _is_trained(leaf))
 
-    def visit_constant_(self, constant: relax.Constant) -> None:
-        if _is_trained(constant):
-            self.constants.append(constant)
+
+def _leaves(expr: relax.Expr) -> Iterator[relax.Expr]:
+    """What an expression is made of, through calls and tuples."""
+    if isinstance(expr, relax.Call):
+        for argument in expr.args:
+            yield from _leaves(argument)
+    elif isinstance(expr, relax.Tuple):
+        for part in expr.fields:
+            yield from _leaves(part)
+    else:
+        yield expr
 
 
 @mutator
 class _ConstantReplacer(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, variables: dict[relax.Constant, relax.Var]) -> None:
+    def __init__(self, mod: tvm.IRModule, variables: dict[GenericConst, relax.Var]) -> None:
         super().__init__(mod)
         self.variables = variables
 
-    def visit_constant_(self, constant: relax.Constant) -> relax.Expr:
+    def visit_generic_const_(self, constant: GenericConst) -> relax.Expr:
         return self.variables.get(constant, constant)
