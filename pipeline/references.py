@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.tensors import Array
+from pipeline.weightfile import dtype_of
 
 Feeds = Mapping[str, Array]
 Run = Callable[[Feeds], dict[str, Array]]
@@ -73,9 +74,27 @@ def _onnx_reference(skeleton: bytes, weights: Feeds) -> Implementation:
 def recorded(case: bytes) -> tuple[str, dict[str, Array], dict[str, Array]]:
     """The origin, inputs and outputs of a recorded case."""
     with np.load(io.BytesIO(case), allow_pickle=False) as stored:
-        inputs = {name[3:]: stored[name] for name in stored.files if name.startswith("in:")}
-        outputs = {name[4:]: stored[name] for name in stored.files if name.startswith("out:")}
+
+        def array(entry: str) -> Array:
+            found: Array = stored[entry]
+            dtype = f"dtype:{entry}"
+            return found.view(dtype_of(str(stored[dtype]))) if dtype in stored.files else found
+
+        inputs = {name[3:]: array(name) for name in stored.files if name.startswith("in:")}
+        outputs = {name[4:]: array(name) for name in stored.files if name.startswith("out:")}
         return str(stored["origin"]), inputs, outputs
+
+
+def difference(ours: Array, theirs: Any) -> str:
+    """Why two outputs are not even near each other, in words."""
+    theirs = np.asarray(theirs)
+    if ours.shape != theirs.shape:
+        return f"has shape {list(ours.shape)} instead of {list(theirs.shape)}"
+    if (ours.dtype.kind in "biu") != (theirs.dtype.kind in "biu"):
+        return f"has dtype {ours.dtype} instead of {theirs.dtype}"
+    if ours.dtype.kind in "biu":
+        return f"differs in {int((ours != theirs).sum())} of {ours.size} elements"
+    return "is not finite where the reference is, or the other way round"
 
 
 def error_of(ours: Array, theirs: Any) -> float:

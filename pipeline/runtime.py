@@ -314,7 +314,9 @@ def open_library(folder: Path, files: Iterable[str], runtime: Path) -> tuple[Any
     process: of two modules over one open library, the end of one would leave the other pointing at nothing.
     """
     try:
-        ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+        for part in (runtime, runtime.with_name("libtvm_runtime_extra.so")):  # sorting and the like are in the second
+            if part.is_file():
+                ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise SetupError(f"TVM's runtime does not load: {_first_line(error)}") from error
     stat = (folder / LIBRARY).stat()

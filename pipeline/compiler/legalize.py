@@ -16,6 +16,8 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
+from pipeline.errors import ModelError
+
 _CALL_TIR = tvm.ir.Op.get("relax.call_tir")
 _RULE = "FLegalize"
 
@@ -23,14 +25,26 @@ Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 
 def legalize(mod: tvm.IRModule, operators: set[str]) -> tvm.IRModule:
-    """Legalises a module in which these operators occur. Runs within the target's scope."""
+    """Legalises a module in which these operators occur. Runs within the target's scope.
+
+    Raises ModelError that names the operator which TVM's rule could not take.
+    """
     once = _Once()
     rules = {}
     for name in operators:
         rule = tvm.ir.Op.get(name).get_attr(_RULE)
         if rule is not None:
             rules[name] = once.wrapped(rule)
-    return relax.transform.LegalizeOps(rules)(mod)
+    try:
+        return relax.transform.LegalizeOps(rules)(mod)
+    except Exception as error:
+        if not once.working_on:
+            raise
+        said = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+        raise ModelError(
+            f"TVM cannot lower the operator {once.working_on}: {said}",
+            hint="replace it in the model by operators that TVM lowers",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -46,22 +60,29 @@ class _Known:
 class _Once:
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], list[_Known]] = defaultdict(list)
+        self.working_on = ""
 
     def wrapped(self, rule: Rule) -> Rule:
         def apply(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
             key = _bucket(call)
             if key is None:
-                return rule(builder, call)
+                return self._worked_out(rule, builder, call)
             for known in self._known[key]:
                 if _same(known.call, call):
                     arguments = [_at(call, position) for position in known.positions]
                     return relax.Call(_CALL_TIR, [known.function, relax.Tuple(arguments)], None, [known.result])
-            made = rule(builder, call)
+            made = self._worked_out(rule, builder, call)
             if (known_now := _remembered(call, made)) is not None:
                 self._known[key].append(known_now)
             return made
 
         return apply
+
+    def _worked_out(self, rule: Rule, builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        self.working_on = str(call.op.name)
+        made = rule(builder, call)
+        self.working_on = ""
+        return made
 
 
 def _bucket(call: relax.Call) -> tuple[Any, ...] | None:

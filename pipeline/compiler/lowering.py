@@ -24,6 +24,7 @@ from pipeline.compiler import ir, lifting, objects, passes, targets
 from pipeline.errors import ModelError
 from pipeline.hashing import Digest
 from pipeline.types import TensorSpec, symbol_of
+from pipeline.weightfile import dtype_of
 
 ENTRY = "main"
 PREPARE = "prepare"
@@ -110,6 +111,7 @@ def lower(
     watch("imported", mod)
     mod = _apply(CANONICALISE, mod, target)
     watch("canonical", mod)
+    returned = _returned(mod, outputs)
     main, prepare, parted = lifting.modules(mod, ENTRY, PREPARE, count)
     bytecode, functions = _finish(main, ENTRY, target, attributes, watch)
     preparation: bytes = b""
@@ -118,7 +120,7 @@ def lower(
         functions |= {digest: _also_prepares(functions.get(digest), each) for digest, each in preparing.items()}
     return Lowered(
         inputs,
-        _returned(parted.main, outputs),
+        returned,
         tuple(_uses(parted.main, count, parted, weights)),
         tuple(weights[i] for i in parted.taken),
         bytecode,
@@ -233,22 +235,37 @@ def _require_legal(mod: tvm.IRModule) -> None:
         )
 
 
-def _returned(func: relax.Function, names: Sequence[str]) -> tuple[TensorSpec, ...]:
-    ty = func.ret_ty
+def _returned(mod: tvm.IRModule, names: Sequence[str]) -> tuple[TensorSpec, ...]:
+    ty = mod[ENTRY].ret_ty
     fields = list(ty.fields) if isinstance(ty, relax.TupleType) else [ty]
     chosen = list(names) if len(names) == len(fields) else [f"output_{i}" for i in range(len(fields))]
-    return tuple(_spec(name, field, "output") for name, field in zip(chosen, fields, strict=True))
+    return tuple(_spec(name, field, "output", mod) for name, field in zip(chosen, fields, strict=True))
 
 
-def _spec(name: str, ty: relax.Type, role: str) -> TensorSpec:
+def _spec(name: str, ty: relax.Type, role: str, mod: tvm.IRModule | None = None) -> TensorSpec:
     if not isinstance(ty, relax.TensorType):
         raise ModelError(f"the {role} {name} is a {type(ty).__name__}, not a tensor", hint="return tensors only")
-    if ty.shape is None or not all(isinstance(extent, tvm.tirx.IntImm) for extent in ty.shape.values):
+    if not passes.is_static(ty):
         raise ModelError(
-            f"the {role} {name} has the open shape {ty.shape}",
-            hint="give the model's inputs fixed shapes: shapes={'input': (1, 3, 224, 224)}",
+            f"the {role} {name} has an open shape{_opened_by(mod)}",
+            hint="give inputs fixed shapes, shapes={'input': (1, 3, 224, 224)}; make constants of what decides shapes",
         )
+    try:
+        dtype_of(str(ty.dtype))
+    except TypeError as error:
+        raise ModelError(
+            f"the {role} {name} has the dtype {ty.dtype}, which artifacts cannot take or return",
+            hint="cast it in the model",
+        ) from error
     return TensorSpec(str(name), tuple(int(extent) for extent in ty.shape.values), str(ty.dtype))
+
+
+def _opened_by(mod: tvm.IRModule | None) -> str:
+    """Which operator first gives a tensor whose shape is not known, in words."""
+    for call, ty in passes.call_types(mod) if mod is not None else ():
+        if isinstance(call.op, tvm.ir.Op) and not passes.is_static(ty):
+            return f": that of what {call.op.name} gives is known only when it runs"
+    return ""
 
 
 def readable_name(name: str) -> str:

@@ -110,6 +110,21 @@ def all_calls(mod: tvm.IRModule) -> Iterator[relax.Call]:
             yield from (b.value for b in _bindings_in(func.body) if isinstance(b.value, relax.Call))
 
 
+def call_types(mod: tvm.IRModule) -> Iterator[tuple[relax.Call, relax.Type]]:
+    """Every call that a module's Relax functions bind, with the type of what it gives."""
+    for _, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            yield from ((b.value, b.var.ty) for b in _bindings_in(func.body) if isinstance(b.value, relax.Call))
+
+
+def is_static(ty: relax.Type) -> bool:
+    """Whether a type is a tensor of known shape, or a tuple of such."""
+    if isinstance(ty, relax.TupleType):
+        return all(is_static(field) for field in ty.fields)
+    shape = ty.shape if isinstance(ty, relax.TensorType) else None
+    return isinstance(shape, relax.ShapeExpr) and all(isinstance(extent, tvm.tirx.IntImm) for extent in shape.values)
+
+
 def _bindings_in(expr: relax.Expr) -> Iterator[relax.Binding]:
     """The bindings of an expression in order, those of branches and inner functions before the one that holds them."""
     if isinstance(expr, relax.If):

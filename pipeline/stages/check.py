@@ -67,7 +67,8 @@ class _Outcome:
             theirs = expected[name] if name in expected else list(expected.values())[position]
             error = references.error_of(array, theirs)
             if error > max(self.errors.values(), default=-1.0):
-                self.worst = f"output {name!r} on {origin}"
+                off = f"is {error:.3g} off, relative" if error < float("inf") else references.difference(array, theirs)
+                self.worst = f"output {name!r} {off}, on {origin}"
             self.errors[name] = max(error, self.errors.get(name, 0.0))
         self.name = self.name or origin.partition(",")[0]
 
@@ -76,7 +77,7 @@ class _Outcome:
             return Reference(CheckState.SKIPPED, self.refusal)
         largest = max(self.errors.values())
         failed = not largest <= self.tolerance
-        reason = f"{self.worst} is {largest:.3g} off the reference {self.name}, relative" if failed else ""
+        reason = f"compared with {self.name}, {self.worst}" if failed else ""
         return Reference(
             state=CheckState.FAILED if failed else CheckState.PASSED,
             reason=reason,

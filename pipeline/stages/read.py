@@ -31,7 +31,6 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     Outputs: skeleton; weights, JSON of their specs in order; w0, w1, …, their bytes; case0, …, as .npz; files, JSON of
     the files that were read and of those Python files that the user's function imported.
     """
-    before = set(sys.modules)
     sys.path += [entry for entry in cast("list[str]", options["import path"]) if entry not in sys.path]
     read = _read(options)
     outputs: dict[str, bytes | memoryview] = {
@@ -40,7 +39,8 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     }
     outputs |= {f"w{i}": data for i, (_, data) in enumerate(read.weights)}
     outputs |= {f"case{i}": _npz(case) for i, case in enumerate(read.cases)}
-    files = [str(path) for path in read.files] + user_files(set(sys.modules) - before)
+    # All that are imported by now: what another model imported before in this process, this one may have used as well.
+    files = [str(path) for path in read.files] + user_files(list(sys.modules))
     outputs["files"] = msgspec.json.encode(sorted(set(files)))
     return outputs
 
@@ -97,8 +97,15 @@ def _innermost(error: BaseException) -> str:
 
 
 def _npz(case: Case) -> bytes:
+    """A case as an .npz: in:<name> and out:<name>, and the dtypes that NumPy has no name for under dtype:<entry>."""
+    entries: dict[str, Any] = {"origin": np.array(case.origin)}
+    for role, arrays in (("in", case.inputs), ("out", case.outputs)):
+        for name, array in arrays.items():
+            entry = f"{role}:{name}"
+            entries[entry] = array
+            if array.dtype.kind == "V":
+                entries[entry] = array.view(f"u{array.dtype.itemsize}")
+                entries[f"dtype:{entry}"] = np.array(array.dtype.name)
     stream = io.BytesIO()
-    arrays = {f"in:{name}": value for name, value in case.inputs.items()}
-    arrays |= {f"out:{name}": value for name, value in case.outputs.items()}
-    np.savez(stream, allow_pickle=False, origin=np.array(case.origin), **arrays)
+    np.savez(stream, allow_pickle=False, **entries)
     return stream.getvalue()

@@ -110,29 +110,10 @@ def _imported(model: ModelProto) -> tvm.IRModule:
 
 
 def _is_static(mod: tvm.IRModule) -> bool:
-    """Whether every value of the module is a tensor of known shape."""
-    from tvm import relax, tirx
+    """Whether every value that an operator gives is a tensor of known shape."""
+    from pipeline.compiler import passes
 
-    def known(ty: relax.Type) -> bool:
-        if isinstance(ty, relax.TupleType):
-            return all(known(field) for field in ty.fields)
-        shape = ty.shape if isinstance(ty, relax.TensorType) else None
-        return isinstance(shape, relax.ShapeExpr) and all(isinstance(extent, tirx.IntImm) for extent in shape.values)
-
-    return all(
-        known(binding.var.ty)
-        for _, func in mod.functions_items()
-        if isinstance(func, relax.Function) and isinstance(func.body, relax.SeqExpr)
-        for block in func.body.blocks
-        for binding in block.bindings
-    )
-
-
-def input_names(skeleton: bytes) -> list[str]:
-    """The names of a skeleton's inputs and weights, in order."""
-    import onnx
-
-    return [value.name for value in onnx.load_model_from_string(skeleton).graph.input]
+    return all(passes.is_static(ty) for _, ty in passes.call_types(mod))
 
 
 def _require_onnx() -> None:
@@ -228,8 +209,8 @@ def _constants_to_initializers(graph: GraphProto) -> None:
     """Some exporters write every weight as a node of its own."""
     kept = []
     for node in graph.node:
-        value = next((a.t for a in node.attribute if a.name == "value" and a.HasField("t")), None)
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and value is not None:
+        value = _constant_value(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+        if value is not None:
             value.name = node.output[0]
             graph.initializer.append(value)
         else:
@@ -237,6 +218,18 @@ def _constants_to_initializers(graph: GraphProto) -> None:
     if len(kept) < len(graph.node):
         del graph.node[:]
         graph.node.extend(kept)
+
+
+def _constant_value(node: NodeProto) -> TensorProto | None:
+    from onnx import helper, numpy_helper
+
+    attribute = node.attribute[0]
+    if attribute.name == "value":
+        return attribute.t
+    dtype = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}
+    if attribute.name not in dtype:
+        return None
+    return numpy_helper.from_array(np.asarray(helper.get_attribute_value(attribute), dtype[attribute.name]))
 
 
 def _read_by_importer(graph: GraphProto) -> set[str]:
