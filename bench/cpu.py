@@ -79,7 +79,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         drawn.add_column(column, justify="right" if position else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a pipe has no edge to wrap at
     console.print(title, style="bold", highlight=False)
     console.print(drawn)
 

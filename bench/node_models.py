@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class NodeCase(NamedTuple):
-    """One test: a model of one operator or of its expansion, its inputs in order, what must come out and how exactly."""
+    """One test: a model of one operator or of its expansion, inputs in order, what must come out and how exactly."""
 
     name: str
     model: onnx.ModelProto

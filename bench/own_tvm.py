@@ -2,10 +2,11 @@
 
 Run it in a fresh process for each figure; everything, TVM's import included, is paid for here.
 
-    python -m bench.own_tvm MODEL [--seed N] [--json]
+    python -m bench.own_tvm MODEL [--seed N] [--passes tvm|ours] [--no-onnxsim] [--json]
 
 MODEL is a name of the zoo or an ONNX file with fixed shapes. A zoo model is written to a file before the first phase.
-Owns the order of the phases below; knows nothing of tvmake's stages and caches.
+Owns the order of the phases below; knows nothing of tvmake's stages and caches. With `--passes ours` the Relax passes
+are those of pipeline.compiler.lowering, in one module with its weights, which FoldConstant computes as TVM does.
 """
 
 from __future__ import annotations
@@ -76,6 +77,19 @@ def _pass(name: str) -> Callable[[Build], None]:
     return run
 
 
+def _ours(name: str) -> Callable[[Build], None]:
+    def run(build: Build) -> None:
+        import tvm
+
+        from pipeline.compiler import lowering
+
+        with build.target, tvm.transform.PassContext(opt_level=3):
+            for phase in getattr(lowering, name):
+                build.module = phase(build.module)
+
+    return run
+
+
 def _build(build: Build) -> None:
     import tvm
 
@@ -87,30 +101,44 @@ def _export(build: Build) -> None:
     build.executable.export_library(str(build.library))
 
 
-PHASES: tuple[tuple[str, Callable[[Build], None]], ...] = (
+Phase = tuple[str, Callable[[Build], None]]
+
+BEFORE: tuple[Phase, ...] = (
     ("import tvm", _import_tvm),
     ("read", _read),
     ("onnxsim", _simplify),
     ("from_onnx", _import_model),
+)
+TVM_PASSES: tuple[Phase, ...] = (
     ("DecomposeOpsForInference", _pass("DecomposeOpsForInference")),
     ("LegalizeOps", _pass("LegalizeOps")),
     ("AnnotateTIROpPattern", _pass("AnnotateTIROpPattern")),
     ("FoldConstant", _pass("FoldConstant")),
     ("FuseOps", _pass("FuseOps")),
     ("FuseTIR", _pass("FuseTIR")),
+)
+OUR_PASSES: tuple[Phase, ...] = (
+    ("canonicalise", _ours("CANONICALISE")),
+    ("legalise", _ours("LEGALISE")),
+    ("FoldConstant", _pass("FoldConstant")),
+    ("fuse", _ours("FUSE")),
+)
+AFTER: tuple[Phase, ...] = (
     ("relax.build", _build),
     ("export_library", _export),
 )
 
 
-def compile_model(source: Path, library: Path) -> dict[str, Any]:
+def compile_model(source: Path, library: Path, passes: tuple[Phase, ...], simplify: bool) -> dict[str, Any]:
     """Runs all phases on an ONNX file; returns wall and CPU seconds of each, their totals, and facts of the build.
 
     The CPU time is this process's and its finished children's, such as the linker's.
     """
     build = Build(source, library)
     phases = {}
-    for name, phase in PHASES:
+    for name, phase in (*BEFORE, *passes, *AFTER):
+        if name == "onnxsim" and not simplify:
+            continue
         wall, cpu = time.perf_counter(), _cpu()
         phase(build)
         phases[name] = {"wall": time.perf_counter() - wall, "cpu": _cpu() - cpu}
@@ -127,14 +155,17 @@ def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.own_tvm", description="TVM's own way, timed.")
     parser.add_argument("model", help=f"an ONNX file, or one of {', '.join(zoo.NAMES)}")
     parser.add_argument("--seed", type=int, default=0, help="of the weights of a light model")
+    parser.add_argument("--passes", choices=("tvm", "ours"), default="tvm", help="which Relax passes (default tvm)")
+    parser.add_argument("--no-onnxsim", action="store_true", help="import the model as it is")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
+    passes = OUR_PASSES if arguments.passes == "ours" else TVM_PASSES
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(arguments.model)
         if arguments.model in zoo.NAMES:
             source = Path(scratch, "model.onnx")
             source.write_bytes(zoo.load(arguments.model, arguments.seed).SerializeToString(deterministic=True))
-        report = compile_model(source, Path(scratch, "model.so"))
+        report = compile_model(source, Path(scratch, "model.so"), passes, not arguments.no_onnxsim)
     if arguments.json:
         print(json.dumps(report))
         return

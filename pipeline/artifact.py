@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +76,7 @@ def publish(store: Store, draft: Draft, folder: Path) -> None:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             manifest = _write(store, draft, scratch)
@@ -140,14 +145,31 @@ def _same(folder: Path, scratch: Path, manifest: Manifest) -> bool:
         return False
 
 
+_LEFTOVER_SECONDS = 24 * 60 * 60
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what builds that were killed wrote beside the artifact and nobody wrote to for a day. Never fails."""
+    latest = time.time() - _LEFTOVER_SECONDS
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < latest:
+                shutil.rmtree(path, ignore_errors=True)
+
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def _exchange(new: Path, old: Path) -> None:
     """Swaps two folders in one step where the system can, in two where it cannot; after it `new` holds the old one."""
     if not old.exists():
-        os.rename(new, old)
-        return
+        try:
+            os.rename(new, old)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another build put its artifact there meanwhile.
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         swapped = libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE)

@@ -4,8 +4,8 @@ Each worker is a child process with a pipe of its own, so that one that is kille
 another waits for: its pipe closes, and the call that was waiting on it raises WorkerDiedError with the subject's name.
 (Pools that share one queue among their workers can hang when a worker is killed while it holds the queue's lock.)
 
-A worker that has loaded TVM is used again. Another is started only when a caller has waited for a moment: loading TVM
-costs about a second of CPU, and most rebuilds have only a few functions to compile.
+A worker that has loaded TVM is used again. Another is started only when callers have waited for half a second all
+together: loading TVM costs about a second of CPU, and most rebuilds have only a few functions to compile.
 
 Each worker leads a process group: Ctrl-C in a terminal reaches the parent alone, which decides what becomes of them,
 and what a stage started, a compiler say, ends with its worker. A worker whose parent died ends by itself.
@@ -34,7 +34,7 @@ from pipeline.store import ActionEntry
 if TYPE_CHECKING:
     from pipeline.memoizer import Action
 
-_PATIENCE = 0.5  # seconds that a caller waits for a busy worker before another is started
+_PATIENCE = 0.5  # seconds that callers wait for busy workers, all together, before another is started
 
 _LAST_WORDS = 8  # lines
 
@@ -50,9 +50,11 @@ class Workers:
         self._root = root
         self._idle: list[_Worker] = []
         self._crew: set[_Worker] = set()  # those that are used again
+        self._waited = 0.0  # seconds, all callers together, since one was last started
         self._all: set[_Worker] = set()
         self._changed = threading.Condition()
         self._stopped = False
+        self.corrupt = 0  # files of the store that workers found damaged and set aside
 
     def perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
         """Has a worker run an action and store its results; waits for it.
@@ -62,20 +64,22 @@ class Workers:
         request = pickle.dumps((action, key, components))
         worker = self._borrow(reuse=action.stage.home is Home.COMPILER)
         try:
-            result = worker.call(request, action.timeout)
+            result, corrupt = worker.call(request, action.timeout)
         except EOFError:
             self._discard(worker)
             raise self._obituary(worker, action, key) from None
         except BaseException:
             self._discard(worker)
             raise
+        with self._changed:
+            self.corrupt += corrupt
         if action.stage.home is Home.COMPILER:
             self._give_back(worker)
         else:
             self._discard(worker)
         if isinstance(result, BaseException):
             raise result
-        assert isinstance(result, ActionEntry)
+        assert isinstance(result, ActionEntry), f"a worker answered with a {type(result).__name__}"
         return result
 
     def stop(self) -> None:
@@ -91,7 +95,6 @@ class Workers:
             self._discard(worker)
 
     def _borrow(self, reuse: bool) -> _Worker:
-        impatient_at = time.monotonic() + _PATIENCE
         with self._changed:
             while not self._stopped:
                 while reuse and self._idle:
@@ -99,7 +102,7 @@ class Workers:
                     if worker.lives():
                         return worker
                     self._forget(worker)
-                left = impatient_at - time.monotonic()
+                left = _PATIENCE - self._waited
                 if not reuse:
                     may_start, patience = len(self._all) - len(self._crew) < self.limit, None
                 elif len(self._crew) >= self.limit:
@@ -108,7 +111,10 @@ class Workers:
                     may_start, patience = left <= 0 or not self._crew, left
                 if may_start:
                     return self._start(reuse)
+                since = time.monotonic()
                 self._changed.wait(patience)
+                if reuse:
+                    self._waited += time.monotonic() - since
             raise KeyboardInterrupt
 
     def _start(self, reuse: bool) -> _Worker:
@@ -120,6 +126,7 @@ class Workers:
         self._all.add(worker)
         if reuse:
             self._crew.add(worker)
+            self._waited = 0.0
         return worker
 
     def _give_back(self, worker: _Worker) -> None:
@@ -183,15 +190,18 @@ class _Worker:
         """Whether an idle worker can be used: it has nothing to say unless its end of the pipe is closed."""
         return self._process.poll() is None and not self._pipe.poll()
 
-    def call(self, request: bytes, timeout: float) -> object:
-        """Raises EOFError where the process died or ran past the limit; how it ended is then known."""
+    def call(self, request: bytes, timeout: float) -> tuple[object, int]:
+        """What the stage made or raised, and how many files of the store were found damaged.
+
+        Raises EOFError where the process died or ran past the limit; how it ended is then known.
+        """
         os.lseek(self._log.fileno(), 0, os.SEEK_SET)  # the worker writes where this stands: one offset is shared
         os.ftruncate(self._log.fileno(), 0)
         try:
             self._pipe.send_bytes(request)
             self._await_answer(timeout)
-            result: object = pickle.loads(self._pipe.recv_bytes())
-            return result
+            answer: tuple[object, int] = pickle.loads(self._pipe.recv_bytes())
+            return answer
         except (OSError, EOFError) as error:
             if not self.timed_out:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -260,20 +270,22 @@ def serve(pipe: Connection, root: Path) -> None:
             action, key, components = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
+        before = store.counts.corrupt
         try:
             result: object = perform(store, action, key, components)
         except Exception as error:
             result = error
         with contextlib.suppress(OSError):
-            pipe.send_bytes(_pickled(result, action, key))
+            pipe.send_bytes(_pickled(result, store.counts.corrupt - before, action, key))
 
 
-def _pickled(result: object, action: Action, key: str) -> bytes:
+def _pickled(result: object, corrupt: int, action: Action, key: str) -> bytes:
     try:
-        return pickle.dumps(result)
+        return pickle.dumps((result, corrupt))
     except Exception as error:
         message = f"{result}\n(what it raised cannot be sent from one process to another: {error})"
-        return pickle.dumps(StageError(message, stage=action.stage.name, subject=action.subject, key=key))
+        error_in_words = StageError(message, stage=action.stage.name, subject=action.subject, key=key)
+        return pickle.dumps((error_in_words, corrupt))
 
 
 def _end_with_parent(pipe: int) -> None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 BEGUN_NS = time.time_ns()
 
 # SQLite keeps what two runs at once write; doit's other files lose it.
-DOIT_CONFIG = {"backend": "sqlite3", "dep_file": ".doit.db", "verbosity": 1}
+# Without a name doit's `forget` crashes where no default tasks are declared; so it asks for one.
+DOIT_CONFIG = {"backend": "sqlite3", "dep_file": ".doit.db", "verbosity": 1, "forget_disable_default": True}
 
 
 class Part(enum.Enum):
@@ -165,9 +166,14 @@ class Workspace:
         return wanted
 
     def _require_good_names(self, selection: Selection) -> None:
+        for model in self.models:
+            if not isinstance(model, Model):
+                raise ConfigError(
+                    f"Workspace was given a {type(model).__name__}", hint="give models: Model.onnx('name', 'a.onnx')"
+                )
+            model.require_valid()
         names = [model.name for model in self.models]
         for model in self.models:
-            model.require_valid()
             if names.count(model.name) > 1:
                 raise ConfigError(f"two models are called {model.name!r}", hint="give each model a name of its own")
         for name in selection.models or ():

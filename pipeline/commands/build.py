@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import getopt
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from doit.cmd_run import Run
 from doit.control import TaskControl
 from doit.dependency import Dependency
+from doit.exceptions import InvalidDodoFile
 from doit.globals import Globals
 from doit.runner import MThreadRunner
 from doit.task import Stream
@@ -67,6 +70,16 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
     name = "build"
     dep_manager: Any
 
+    def parse_execute(self, in_args: list[str]) -> int:
+        """Takes options wherever they stand, also after the names of models."""
+        parser = self.cmdparser
+        with contextlib.suppress(getopt.error):  # doit says it in words of its own
+            given, names = getopt.gnu_getopt(in_args, parser.get_short(), parser.get_long())
+            options = [[name] if parser.get_option(name)[0].type is bool else [name, value] for name, value in given]
+            in_args = [*itertools.chain(*options), "--", *names]
+        code: int = super().parse_execute(in_args)
+        return code
+
     def execute(self, params: Any, args: list[str]) -> int:
         models = frozenset(args) or None
         self._selection = Selection(Part.FRONT, models, frozenset(params["targets"]) or None)
@@ -74,18 +87,20 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
             with selecting(self._selection), _terminated_like_interrupted():
                 code: int = super().execute(params, [])
                 return code
-        except TvmakeError as error:
+        except (TvmakeError, InvalidDodoFile) as error:
             print(f"ERROR: {error}", file=sys.stderr)
             return ERROR
 
     def _execute(self, jobs: int, dump: str) -> int:  # type: ignore[override]
         workspace = self._workspace()
+        if not workspace.pairs(self._selection):
+            raise TvmakeError("there is no model to build", hint="write: Workspace(Model.onnx('name', 'model.onnx'))")
         session = _Session(self, workspace, jobs)
         try:
-            front = session.run(self.task_list)
+            session.run(self.task_list)
             with selecting(Selection(Part.BACK, self._selection.models, self._selection.targets)):
                 back = self.loader.load_tasks(cmd=self, pos_args=[])
-            code = max(front, session.run(back))
+            session.run(back)
             if dump:
                 self._dump(workspace, Path(dump))
         except KeyboardInterrupt:
@@ -95,7 +110,7 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
             workspace.stop()
             self.dep_manager.close()
         session.sum_up(self._selection)
-        return code
+        return session.code
 
     def save(self) -> None:
         """Writes doit's database, and opens it again: a round that is over is not lost when the next one is killed."""
@@ -133,13 +148,14 @@ class _Session:
         self.workspace = workspace
         self.progress = Progress()
         self.failures: list[str] = []
+        self.code = OK
         self._jobs = wanted or jobs()
 
-    def run(self, tasks: list[Any]) -> int:
-        """Runs tasks, and returns doit's result. One that fails stops only what depends on it."""
+    def run(self, tasks: list[Any]) -> None:
+        """Runs tasks. One that fails stops only what depends on it; `code` says the worst that happened."""
         ours = [task for task in tasks if any(isinstance(action, _stage_action()) for action in task.actions)]
         if not ours:
-            return OK
+            return
         self.workspace.build.memoizer.watcher = self.progress
         self.workspace.build.memoizer.workers.limit = self._jobs
         control = TaskControl([*ours, *(task for task in tasks if task.has_subtask)])
@@ -154,7 +170,6 @@ class _Session:
             self.progress.stop()
             runner.teardown()
             self.command.save()
-        return int(runner.final_result)
 
     def sum_up(self, selection: Selection) -> None:
         """The last line."""
@@ -191,6 +206,7 @@ class _Reporter:
         self._session.progress.task_done()
         if fail.get_name() != "UnmetDependency":
             self._session.failures.append(task.name)
+            self._session.code = max(self._session.code, FAILED if fail.get_name() == "TaskFailed" else ERROR)
             self._session.progress.say(f"FAILED {task.name}: {fail.message}")
 
     def add_success(self, task: Any) -> None:
@@ -199,6 +215,7 @@ class _Reporter:
     skip_uptodate = skip_ignore = add_success
 
     def runtime_error(self, message: str) -> None:
+        self._session.code = ERROR
         self._session.progress.say(f"ERROR: {message}")
 
     def cleanup_error(self, exception: Any) -> None:

@@ -44,9 +44,10 @@ def part(func: relax.Function, inputs: int) -> Parted:
 
     direct = [var for var in weights if var in used]
     crossing = [binding.var for binding in lifted if binding.var in used]
-    fresh = [relax.Var(f"packed_{i}", var.ty) for i, var in enumerate(crossing)]
-    main = _inference(func, [*func.params[:inputs], *direct, *fresh], list(zip(crossing, fresh, strict=True)), rest)
-    arguments = (*(weights[var] for var in direct), *(None for _ in fresh))
+    fresh = _numbered([*direct, *crossing])
+    aliases = list(zip([*direct, *crossing], fresh, strict=True))
+    main = _inference(func, [*func.params[:inputs], *fresh], aliases, rest)
+    arguments = (*(weights[var] for var in direct), *(None for _ in crossing))
     if not crossing:
         return Parted(main, arguments, None, ())
     prepare, taken = _preparation(lifted, crossing, weights)
@@ -125,11 +126,18 @@ def _preparation(
         if binding.var in alive:
             alive.update(relax.analysis.free_vars(binding.value))
             kept.append(binding)
-    params = [var for var in weights if var in alive]
+    taken = [var for var in weights if var in alive]
+    params = _numbered(taken)
+    aliases = [relax.VarBinding(var, param) for var, param in zip(taken, params, strict=True)]
     result = relax.Var("packed", relax.TupleType([var.ty for var in crossing]))
-    block = relax.DataflowBlock([*kept[::-1], relax.VarBinding(result, relax.Tuple(list(crossing)))])
+    block = relax.DataflowBlock([*aliases, *kept[::-1], relax.VarBinding(result, relax.Tuple(list(crossing)))])
     func = relax.Function(params, relax.SeqExpr([block], result), result.ty, True)
-    return func, tuple(weights[var] for var in params)
+    return func, tuple(weights[var] for var in taken)
+
+
+def _numbered(variables: Sequence[relax.Var]) -> list[relax.Var]:
+    """Parameters named by their place: what a model calls its weights is no part of its code."""
+    return [relax.Var(f"weight_{i}", var.ty) for i, var in enumerate(variables)]
 
 
 def modules(

@@ -273,7 +273,7 @@ def readable_name(name: str) -> str:
 
     fused_conv2d12_add3_relu7 → fused_conv2d_add_relu,  log2 → log2, expand_dims1 → expand_dims
     """
-    return "_".join(_WITHOUT_COUNTER.sub(r"\1", part) for part in name.split("_"))
+    return "_".join(_WITHOUT_COUNTER.sub(r"\1", part) for part in name.split("_") if part != "tir")
 
 
 _WITHOUT_COUNTER = re.compile(r"^(.*?[123]d|(?!log2$|log10$)[a-z]+?)\d+$")

@@ -82,7 +82,7 @@ def test_a_weight_that_nothing_reads_is_dropped_and_one_that_is_used_stays() -> 
             return y
 
     result = parted(Before)
-    assert [str(var.name) for var in result.main.params] == ["x", "w"]
+    assert [str(var.name) for var in result.main.params] == ["x", "weight_0"]
     assert result.arguments == (1,)
     assert result.prepare is None
     assert result.taken == ()
@@ -150,7 +150,7 @@ def test_effects_stay_where_they_are() -> None:
 
     result = parted(Before)
     assert result.prepare is None
-    assert [str(var.name) for var in result.main.params] == ["x", "w"]
+    assert [str(var.name) for var in result.main.params] == ["x", "weight_0"]
 
 
 def test_a_weight_of_another_shape_leaves_the_preparation_of_others_alone() -> None:
