@@ -34,7 +34,7 @@ CAUGHT = "refused by the reference check"
 WRONG = "wrong"
 OUTCOMES = (RIGHT, CLEAR, CAUGHT, UNCLEAR, WRONG)
 
-_CHECK = re.compile(r"^check of \S+( \(key \w+\))? failed: output ")
+_CHECK = re.compile(r"^check of \S+( \(key \w+\))? failed: (compared with .*?, )?output ")
 _RAW_STAGE = re.compile(r"^\w+ of \S+( \(key \w+\))? failed: (the process |\w*(Error|Exception)\b)")
 _RAW_TEXT = re.compile(r"Check failed|InternalError|\.cc:|Traceback|0x[0-9a-f]{6,}")
 

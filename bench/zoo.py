@@ -1,7 +1,7 @@
 """Real networks found inside PyPI packages, for benchmarks.
 
 Owns where the files lie, which input shapes they are run at, and how the weightless networks of the onnx package get
-weights. Finds packages without importing them, and imports onnx only inside functions. Compiles nothing.
+weights. Finds packages without importing them, and imports onnx and NumPy only inside functions, as dodo.py imports this. Compiles nothing.
 
     light(name)      architectures of the onnx package; their weights are seeded noise
     magika()         file type detection, trained
@@ -17,11 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pipeline.errors import ConfigError, SetupError
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
 LIGHT = (
@@ -145,24 +144,28 @@ def fixed(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> onnx
     return copy
 
 
-Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+Draw = Callable[["np.random.Generator", tuple[int, ...]], "np.ndarray"]
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> np.ndarray:
+    return (rng.standard_normal(shape, "float32") * deviation).astype("float32")
 
 
 def _convolved(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return rng.standard_normal(shape, np.float32) * np.float32(math.sqrt(2 / math.prod(shape[1:])))
+    return _normal(rng, shape, math.sqrt(2 / math.prod(shape[1:])))
 
 
 def _multiplied(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     # The weights of a product are (out, in) here, in one network behind axes of 1 that a Reshape takes away.
-    return rng.standard_normal(shape, np.float32) * np.float32(math.sqrt(2 / shape[-1]))
+    return _normal(rng, shape, math.sqrt(2 / shape[-1]))
 
 
 def _added(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return rng.standard_normal(shape, np.float32) * np.float32(0.1)
+    return _normal(rng, shape, 0.1)
 
 
 def _from(least: float) -> Draw:
-    return lambda rng, shape: rng.random(shape, np.float32) + np.float32(least)
+    return lambda rng, shape: (rng.random(shape, "float32") + least).astype("float32")
 
 
 # How the values at an operator's input are drawn. What is not here is added to something.
@@ -209,6 +212,7 @@ def _roles(
 
 
 def _draw(name: str, shape: tuple[int, ...], draw: Draw, seed: int) -> onnx.TensorProto:
+    import numpy as np
     import onnx
 
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), *shape])
