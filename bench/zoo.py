@@ -1,7 +1,8 @@
 """Real networks found inside PyPI packages, for benchmarks.
 
 Owns where the files lie, which input shapes they are run at, and how the weightless networks of the onnx package get
-weights. Finds packages without importing them, and imports onnx and NumPy only inside functions, as dodo.py imports this. Compiles nothing.
+weights. Finds packages without importing them, and imports onnx and NumPy only inside functions, since a dodo.py
+imports this. Compiles nothing.
 
     light(name)      architectures of the onnx package; their weights are seeded noise
     magika()         file type detection, trained

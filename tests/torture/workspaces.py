@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -88,6 +89,7 @@ class Place:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
         self._sessions.append(process.pid)
         return process
@@ -129,6 +131,11 @@ class Place:
             assert time.monotonic() < until, f"left behind: {[process.cmdline() for process in alive]}"
             time.sleep(0.02)
         self._sessions.clear()
+
+
+def _heed_interrupts() -> None:
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str]) -> Outcome:
