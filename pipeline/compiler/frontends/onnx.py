@@ -95,6 +95,7 @@ def load(skeleton: bytes) -> tuple[tvm.IRModule, list[str]]:
         mod = _imported(model)
     if mod is None or not _is_static(mod):
         mod = _imported(_simplified(model))
+    _require_fixed_outputs(mod, model.graph)
     return mod, outputs
 
 
@@ -107,6 +108,24 @@ def _imported(model: ModelProto) -> tvm.IRModule:
             return from_onnx(model, keep_params_in_input=False, sanitize_input_names=False)
     except Exception as error:
         raise _import_error(error, model.graph) from error
+
+
+def _require_fixed_outputs(mod: tvm.IRModule, graph: GraphProto) -> None:
+    """Names the node behind an output that is no tensor, or whose shape depends on values."""
+    from tvm import relax
+
+    from pipeline.compiler import passes
+
+    returned = mod["main"].ret_ty
+    types = list(returned.fields) if isinstance(returned, relax.TupleType) else [returned]
+    makers = {name: node for node in graph.node for name in node.output}
+    for output, ty in zip(graph.output, types, strict=False):
+        if not passes.is_static(ty) and output.name in makers:
+            what = "has a shape that depends on values" if isinstance(ty, relax.TensorType) else "is no tensor in TVM"
+            raise ModelError(
+                f"the output {output.name!r} of {_named([makers[output.name]])} {what}",
+                hint="make constants of the inputs that decide shapes, or leave the node out",
+            )
 
 
 def _is_static(mod: tvm.IRModule) -> bool:
