@@ -20,8 +20,10 @@ from bench.cpu import Usage, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_SUMMARY = re.compile(r"(\d+) operators compiled, (\d+) cached, (\d+) libraries linked")
-_FAILED = re.compile(r"^FAILED (\S+): (.*(?:\n(?!\[\d+/\d+\] |FAILED |ERROR|\d+ artifacts).*)*)", re.MULTILINE)
+_SUMMARY = re.compile(r"(\d+) operators? compiled, (\d+) cached, (\d+) librar(?:y|ies) linked")
+_FAILED = re.compile(
+    r"^FAILED (\S+): (.*(?:\n(?!\[\d+/\d+\] |FAILED |ERROR|\d+ (?:of \d+ )?artifacts?).*)*)", re.MULTILINE
+)
 _RAN = re.compile(r"^(?:\[\d+/\d+\] )?(resolved|read|extracted|compiled|packed|linked|checked) ", re.MULTILINE)
 
 

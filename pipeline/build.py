@@ -98,8 +98,11 @@ class Build:
 
     def is_extracted(self, target: str, model: Model) -> bool:
         """Whether the plan was asked for in this build and is there."""
-        asked = self._asked.get(("plan", target, model.name))
-        return asked is not None and asked.done() and asked.exception() is None
+        return self._is_done(("plan", target, model.name))
+
+    def is_published(self, target: str, model: Model) -> bool:
+        """Whether the artifact was asked for in this build and is there."""
+        return self._is_done(("artifact", target, model.name))
 
     def plan_blob(self, target: str, model: Model) -> Digest:
         """The blob that holds the plan."""
@@ -337,6 +340,10 @@ class Build:
         folder = self.folder / "artifacts" / target / model.name
         artifact.publish(self.memoizer.store, draft, folder)
         return folder
+
+    def _is_done(self, question: tuple[object, ...]) -> bool:
+        asked = self._asked.get(question)
+        return asked is not None and asked.done() and asked.exception() is None
 
     def _once(self, question: tuple[object, ...], answer: Callable[[], T]) -> T:
         """Answers a question once; who asks meanwhile waits for the same answer. A failure is remembered as well."""

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -109,8 +110,14 @@ def compiler() -> str | None:
     return next((found for name in candidates if (found := shutil.which(name))), None)
 
 
+_COMPILER_HINT = "run it by hand; name another C++ compiler in CXX, or mend this one"
+
+
 def compiler_identity() -> str:
-    """The first lines of what the compiler driver and its linker say of themselves."""
+    """The first lines of what the compiler driver and its linker say of themselves.
+
+    Raises SetupError where they say nothing: an identity that is guessed would be a wrong key.
+    """
     driver = compiler()
     if driver is None:
         return ABSENT
@@ -121,8 +128,10 @@ def compiler_identity() -> str:
 def _first_line(argv: list[str]) -> str:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SetupError(f"{shlex.join(argv)} cannot be run: {error}", hint=_COMPILER_HINT) from error
+    if done.returncode != 0:
+        raise SetupError(f"{shlex.join(argv)} failed: {done.stderr.strip()[-200:]}", hint=_COMPILER_HINT)
     return done.stdout.partition("\n")[0].strip()
 
 

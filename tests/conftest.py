@@ -72,7 +72,7 @@ _DODO = "from pipeline import DOIT_CONFIG, Model, Workspace\n"
 _VERBS = "read|extracted|compiled|packed|linked|checked"
 _LINE = re.compile(rf"^(?:\[\d+/\d+\] )?({_VERBS}) (\S+) \([\d.]+ s\)$", re.MULTILINE)
 _SUMMARY = re.compile(
-    r"(\d+) artifacts?(?:, (\d+) tasks? failed)?: (\d+) operators? compiled, (\d+) cached, (\d+) librar"
+    r"(?:\d+ of )?(\d+) artifacts?(?:, (\d+) tasks? failed)?: (\d+) operators? compiled, (\d+) cached, (\d+) librar"
 )
 _IDLE = re.compile(r"\d+ artifacts? up to date, nothing to do")
 _FAILED = re.compile(r"^FAILED (\S+): (.*(?:\n {2,}.*)*)$", re.MULTILINE)

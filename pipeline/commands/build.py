@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import getopt
 import itertools
+import signal
 import sys
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,19 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
     def execute(self, params: Any, args: list[str]) -> int:
         models = frozenset(args) or None
         self._selection = Selection(Part.FRONT, models, frozenset(params["targets"]) or None)
+        interruptible = _Interruptible()
         try:
-            with selecting(self._selection), _terminated_like_interrupted():
+            with selecting(self._selection), interruptible:
                 code: int = super().execute(params, [])
                 return code
-        except (TvmakeError, InvalidDodoFile) as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            return ERROR
+        except BaseException as error:
+            if interruptible.happened:
+                print("interrupted; what was finished is kept, and `doit build` goes on from there", file=sys.stderr)
+                return INTERRUPTED
+            if isinstance(error, TvmakeError | InvalidDodoFile):
+                print(f"ERROR: {error}", file=sys.stderr)
+                return ERROR
+            raise
 
     def _execute(self, jobs: int, dump: str) -> int:  # type: ignore[override]
         workspace = self._workspace()
@@ -103,9 +110,6 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
             session.run(back)
             if dump:
                 self._dump(workspace, Path(dump))
-        except KeyboardInterrupt:
-            session.progress.say("interrupted; what was finished is kept, and `doit build` goes on from there")
-            return INTERRUPTED
         finally:
             workspace.stop()
             self.dep_manager.close()
@@ -148,6 +152,7 @@ class _Session:
         self.workspace = workspace
         self.progress = Progress()
         self.failures: list[str] = []
+        self.begun: set[str] = set()  # names of the tasks that there were
         self.code = OK
         self._jobs = wanted or jobs()
 
@@ -163,6 +168,7 @@ class _Session:
         runner = MThreadRunner(
             self.command.dep_manager, _Reporter(self), True, False, Stream(0), num_process=self._jobs
         )
+        self.begun.update(task.name for task in ours)
         self.progress.start(len(ours))
         try:
             runner.run_tasks(control.task_dispatcher())
@@ -173,19 +179,29 @@ class _Session:
 
     def sum_up(self, selection: Selection) -> None:
         """The last line."""
-        count = len(self.workspace.pairs(selection))
+        pairs = self.workspace.pairs(selection)
+        count = _counted(len(pairs), "artifact")
         if self.workspace.has_built:
+            missing = [pair for pair in pairs if f"extract:{pair[0]}:{pair[1].name}" in self.begun]
+            missing = [pair for pair in missing if not self.workspace.build.is_published(*pair)]
+            if missing:
+                count = f"{len(pairs) - len(missing)} of {count}"
             tally = self.workspace.build.memoizer.tally
             compiled, cached = tally.ran["codegen"], tally.hits["codegen"]
-            corrupt = self.workspace.build.memoizer.store.counts.corrupt
-            notes = f"; {corrupt} corrupt entries of the store set aside" if corrupt else ""
-            failed = f", {len(self.failures)} tasks failed" if self.failures else ""
+            corrupt = self.workspace.build.memoizer.store.counts.corrupt + self.workspace.build.memoizer.workers.corrupt
+            notes = f"; {_counted(corrupt, 'corrupt entry')} of the store set aside" if corrupt else ""
+            failed = f", {_counted(len(self.failures), 'task')} failed" if self.failures else ""
             self.progress.say(
-                f"{count} artifacts{failed}: {compiled} operators compiled, {cached} cached, "
-                f"{tally.ran['link']} libraries linked, in {self.progress.elapsed:.1f} s{notes}"
+                f"{count}{failed}: {_counted(compiled, 'operator')} compiled, {cached} cached, "
+                f"{_counted(tally.ran['link'], 'library')} linked, in {self.progress.elapsed:.1f} s{notes}"
             )
         else:
-            self.progress.say(f"{count} artifacts up to date, nothing to do")
+            self.progress.say(f"{count} up to date, nothing to do")
+
+
+def _counted(number: int, thing: str) -> str:
+    plural = thing.removesuffix("y") + "ies" if thing.endswith("y") else thing + "s"
+    return f"{number} {thing if number == 1 else plural}"
 
 
 def _stage_action() -> type:
@@ -227,21 +243,27 @@ class _Reporter:
     initialize = get_status = execute_task = teardown_task = complete_run = _ignored
 
 
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM ends a build as Ctrl-C does: workers are stopped, and what was finished is recorded."""
-    import signal
-    import threading
+class _Interruptible:
+    """Within the block SIGINT and SIGTERM raise KeyboardInterrupt, and `happened` tells of it.
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    Some extensions turn an interrupt that comes while they are imported into an error of their own.
+    """
 
-    def interrupt(*_: object) -> None:
+    def __init__(self) -> None:
+        self.happened = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Interruptible:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {
+                number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, *_: object) -> None:
+        self.happened = True
         raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

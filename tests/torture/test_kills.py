@@ -82,11 +82,8 @@ def require_dead_in_words(kind: str, outcome: Outcome) -> str:
         told = re.search(r"FAILED (\w+):\S+: (\w+) of (?:target )?\S+ \(key \w+\) failed: (.*)", outcome.output)
         assert told, outcome.output
         assert "killed by SIGKILL" in told[3], outcome.output
-        assert re.search(r"1 artifacts, \d+ tasks failed: ", outcome.output), outcome.output
+        assert re.search(r"0 of 1 artifact, \d+ tasks? failed: ", outcome.output), outcome.output
         return f"{told[2]} failed by name"
-    if outcome.code == 3 and "failed to import" in outcome.output:
-        # NumPy's extension turns an interrupt that comes while it is imported into an ImportError.
-        return "interrupted with a traceback, while NumPy was imported"
     early = -signal.SIGTERM if "SIGTERM" in kind else -signal.SIGINT
     assert outcome.code in (130, early), outcome.output
     if outcome.code == 130:

@@ -37,8 +37,8 @@ class Outcome:
     def summary(self) -> dict[str, int]:
         """The numbers of the last line; a build with nothing to do has none of them."""
         last = self.output.strip().rpartition("\n")[2]
-        kinds = {"compiled": "operators compiled", "cached": "cached", "linked": "libraries linked"}
-        kinds["corrupt"] = "corrupt entries"
+        kinds = {"compiled": "operators? compiled", "cached": "cached", "linked": "librar(?:y|ies) linked"}
+        kinds["corrupt"] = "corrupt entr(?:y|ies)"
         found = {kind: re.search(rf"(\d+) {words}", last) for kind, words in kinds.items()}
         return {kind: int(match[1]) if match else 0 for kind, match in found.items()}
 
