@@ -18,10 +18,10 @@ import sample_artifact
 from sample_artifact import BF16, WEIGHTS, assemble, write_manifest
 
 from pipeline import processor, runtime
-from pipeline import tensors as tensors_
 from pipeline.errors import ArtifactError, SetupError
 from pipeline.hashing import Digest
 from pipeline.samples import seeded_inputs
+from pipeline.tensors import _view, aligned_copy, array_over, flat, strided_view, tensor_over
 from pipeline.types import TensorSpec
 
 
@@ -98,7 +98,7 @@ def test_input_is_taken_as_it_lies(model: runtime.Model) -> None:
     fixed.flags.writeable = False
     for x in (wide[2:3, ::2], misaligned, fixed, np.asfortranarray(values["x"]), wide[2:4:2, ::2]):
         check(model(**values | {"x": x}), values)
-    row = tensors_.aligned_copy(np.asarray([[1, 2, 3, 4], [9, 9, 9, 9]], BF16).T)
+    row = aligned_copy(np.asarray([[1, 2, 3, 4], [9, 9, 9, 9]], BF16).T)
     assert row.ctypes.data % 64 == 0
     check(model(**values | {"h": row[:, 0], "m": values["m"][::-1][::-1], "s": np.float32(0.5)}), values)
 
@@ -133,19 +133,19 @@ def test_anything_that_speaks_dlpack(model: runtime.Model) -> None:
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 0), (1, 1), (5,)])
 @pytest.mark.parametrize("writeable", [True, False])
 def test_between_numpy_and_tvm(model: runtime.Model, dtype: Any, shape: tuple[int, ...], writeable: bool) -> None:
-    array = tensors_.aligned_copy(np.ones(shape, dtype))
+    array = aligned_copy(np.ones(shape, dtype))
     array.flags.writeable = writeable
-    tensor = tensors_.tensor_over(array)
+    tensor = tensor_over(array)
     assert (tuple(tensor.shape), str(tensor.dtype)) == (shape, dtype.name)
-    np.testing.assert_array_equal(tensors_.array_over(tensor), array, strict=True)
-    np.testing.assert_array_equal(runtime._strided_view(tensor, dtype), array, strict=True)
-    assert tensors_.flat(tensor) == [tensor]
-    assert tensors_.flat([tensor, [tensor]]) == [tensor, tensor]
+    np.testing.assert_array_equal(array_over(tensor), array, strict=True)
+    np.testing.assert_array_equal(strided_view(tensor, dtype), array, strict=True)
+    assert flat(tensor) == [tensor]
+    assert flat([tensor, [tensor]]) == [tensor, tensor]
 
 
 def test_tensors_of_run_share_memory_and_outlive_the_model(folder: Path) -> None:
     values = inputs()
-    values["x"] = tensors_.aligned_copy(values["x"])
+    values["x"] = aligned_copy(values["x"])
     tensors = runtime.load(folder).run(**values)
     assert list(tensors) == list(expected(values))
     assert np.shares_memory(np.from_dlpack(tensors["same_x"]), values["x"])
@@ -154,7 +154,7 @@ def test_tensors_of_run_share_memory_and_outlive_the_model(folder: Path) -> None
 
 def test_results_are_the_callers_own(folder: Path) -> None:
     model, values = runtime.load(folder), inputs()
-    values["x"] = tensors_.aligned_copy(values["x"])
+    values["x"] = aligned_copy(values["x"])
     first = model(**values)
     for array in first.values():
         assert array.flags.writeable
@@ -218,7 +218,7 @@ def test_wrong_input_is_refused_in_words(model: runtime.Model, change: dict[str,
 def test_a_dtype_that_numpy_has_no_name_for_is_refused(model: runtime.Model) -> None:
     import tvm_ffi
 
-    x = runtime._view(tvm_ffi.from_dlpack(np.zeros((1, 8, 2), np.float32)), (1, 8), "float32x2")
+    x = _view(tvm_ffi.from_dlpack(np.zeros((1, 8, 2), np.float32)), (1, 8), "float32x2")
     with pytest.raises(ArtifactError, match="expected dtype float32, got float32x2"):
         model(**inputs() | {"x": x})
 
@@ -345,7 +345,7 @@ def test_no_temporary_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_runtime(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "libtvm_runtime.so").write_bytes(b"nothing")
-    monkeypatch.setattr(runtime, "_find_runtime", lambda: tmp_path / "libtvm_runtime.so")
+    monkeypatch.setattr(runtime, "find_runtime", lambda: tmp_path / "libtvm_runtime.so")
     with pytest.raises(SetupError, match="runtime does not load"):
         runtime.load(folder)
     monkeypatch.undo()
