@@ -29,6 +29,7 @@ from pipeline.errors import CheckError, ConfigError
 from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
 from pipeline.models import Model
+from pipeline.store import ActionEntry
 from pipeline.types import (
     CheckState,
     Decision,
@@ -42,6 +43,7 @@ from pipeline.types import (
 )
 
 T = TypeVar("T")
+Candidates = tuple[tuple[str, Digest], ...]  # strategies and the functions that they offer, in the order of choice
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Build:
         """The blob that holds the plan."""
         return self._extracted(target, model)["plan"]
 
-    def candidates(self, target: str, workload: Workload) -> tuple[tuple[str, Digest], ...]:
+    def candidates(self, target: str, workload: Workload) -> Candidates:
         """apply: the functions that the target's strategies offer for a workload, in the order of choice."""
         return self._once(("candidates", target, workload.digest), lambda: self._apply(target, workload))
 
@@ -207,49 +209,74 @@ class Build:
         self.plan(target, model)
         return self._once(("extracted", target, model.name), dict)
 
-    def _apply(self, target: str, workload: Workload) -> tuple[tuple[str, Digest], ...]:
+    def _apply_action(self, target: str, workload: Workload, strategy: str) -> Action:
         resolved = self.target(target)
-        found = []
-        for strategy in resolved.file.order:
-            options: dict[str, object] = {
-                "strategy": strategy,
-                "strategy version": strategies.by_name(strategy).version,
-                "target": resolved.attributes,
-            }
-            action = Action(
-                stages.APPLY,
-                f"{target}:{workload.label}",
-                {"function": workload.function},
-                options,
-                resolved.file.timeout,
-            )
-            entry = self.memoizer.run(action)
-            if "function" in entry.outputs:
-                found.append((strategy, entry.outputs["function"]))
+        options: dict[str, object] = {
+            "strategy": strategy,
+            "strategy version": strategies.by_name(strategy).version,
+            "target": resolved.attributes,
+        }
+        subject, inputs = f"{target}:{workload.label}", {"function": workload.function}
+        return Action(stages.APPLY, subject, inputs, options, resolved.file.timeout)
+
+    def _dispatch_action(self, target: str, workload: Workload, candidates: Candidates) -> Action:
+        listed = [[name, function.hash, function.size] for name, function in candidates]
+        options: dict[str, object] = {"candidates": listed, "select": self.target(target).file.select}
+        return Action(stages.DISPATCH, f"{target}:{workload.label}", options=options)
+
+    def _codegen_action(self, target: str, workload: Workload, decision: Decision) -> Action:
+        resolved = self.target(target)
+        options: dict[str, object] = {"symbol": workload.symbol, "target": resolved.attributes}
+        subject, inputs = f"{target}:{workload.label}", {"function": decision.function}
+        return Action(stages.CODEGEN, subject, inputs, options, resolved.file.timeout)
+
+    def _apply(self, target: str, workload: Workload) -> Candidates:
+        order = self.target(target).file.order
+        entries = [(name, self.memoizer.run(self._apply_action(target, workload, name))) for name in order]
+        return self._applicable(target, workload, entries)
+
+    @staticmethod
+    def _applicable(target: str, workload: Workload, entries: Iterable[tuple[str, ActionEntry]]) -> Candidates:
+        found = tuple((name, entry.outputs["function"]) for name, entry in entries if "function" in entry.outputs)
         if not found:
             raise ConfigError(
                 f"no strategy of targets/{target}.toml applies to {workload.label}", hint='add "default" to its order'
             )
-        return tuple(found)
+        return found
 
     def _dispatch(self, target: str, workload: Workload) -> Decision:
-        candidates = [[name, function.hash, function.size] for name, function in self.candidates(target, workload)]
-        options: dict[str, object] = {"candidates": candidates, "select": self.target(target).file.select}
-        entry = self.memoizer.run(Action(stages.DISPATCH, f"{target}:{workload.label}", options=options))
+        return self._decided(
+            self.memoizer.run(self._dispatch_action(target, workload, self.candidates(target, workload)))
+        )
+
+    def _decided(self, entry: ActionEntry) -> Decision:
         return msgspec.json.decode(self.memoizer.blob(entry.outputs["decision"]), type=Decision)
 
     def _codegen(self, target: str, workload: Workload) -> Object:
         decision = self.decision(target, workload)
-        resolved = self.target(target)
-        options: dict[str, object] = {"symbol": workload.symbol, "target": resolved.attributes}
-        action = Action(
-            stages.CODEGEN,
-            f"{target}:{workload.label}",
-            {"function": decision.function},
-            options,
-            resolved.file.timeout,
-        )
-        return Object(self.memoizer.run(action).outputs["object"], decision)
+        entry = self.memoizer.run(self._codegen_action(target, workload, decision))
+        return Object(entry.outputs["object"], decision)
+
+    def is_compiled(self, target: str, workload: Workload) -> bool:
+        """Whether the store has a workload's object and all that led to it. What it has is remembered as asked for."""
+        entries = []
+        for strategy in self.target(target).file.order:
+            entry = self.memoizer.found(self._apply_action(target, workload, strategy))
+            if entry is None:
+                return False
+            entries.append((strategy, entry))
+        candidates = self._applicable(target, workload, entries)
+        chosen = self.memoizer.found(self._dispatch_action(target, workload, candidates))
+        if chosen is None:
+            return False
+        decision = self._decided(chosen)
+        compiled = self.memoizer.found(self._codegen_action(target, workload, decision))
+        if compiled is None:
+            return False
+        self._once(("candidates", target, workload.digest), lambda: candidates)
+        self._once(("decision", target, workload.digest), lambda: decision)
+        self._once(("object", target, workload.digest), lambda: Object(compiled.outputs["object"], decision))
+        return True
 
     def objects(self, target: str, workloads: Iterable[Workload]) -> dict[str, Object]:
         """The objects of many workloads, by digest; what is missing is compiled in parallel."""

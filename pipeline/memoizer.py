@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.errors import StageError, TvmakeError
+from pipeline.errors import ArtifactError, StageError, TvmakeError
 from pipeline.hashing import Digest, key_of
 from pipeline.stages import Home, Inputs, Kind, Stage
 from pipeline.store import ActionEntry, Store
@@ -81,6 +81,16 @@ class Memoizer:
         self._counting = threading.Lock()
         self._known: dict[str, ActionEntry] = {}
 
+    def found(self, action: Action) -> ActionEntry | None:
+        """The entry of an action where the store has it, counted as a hit; None where it would have to be run."""
+        key = key_of(action.components(self.toolchain))
+        if (entry := self._known.get(key)) is not None:
+            return entry
+        entry = self.store.lookup(key)
+        if entry is not None:
+            self._count_hit(action, key, entry)
+        return entry
+
     def run(self, action: Action) -> ActionEntry:
         """The entry of an action, from the store or by running it.
 
@@ -99,17 +109,16 @@ class Memoizer:
                 entry = self.store.lookup(key)
                 if entry is None:
                     return self._watched(action, key, components)
+        self._count_hit(action, key, entry)
+        return entry
+
+    def _count_hit(self, action: Action, key: str, entry: ActionEntry) -> None:
         with self._counting:
             self.tally.hits[action.stage.name] += 1
             self.tally.saved_seconds += entry.seconds
             self._known[key] = entry
         if self.watcher is not None:
             self.watcher.finished(action, True, entry.seconds)
-        return entry
-
-    def is_known(self, action: Action) -> bool:
-        """Whether running the action would be a hit."""
-        return self.store.lookup(key_of(action.components(self.toolchain))) is not None
 
     def blob(self, digest: Digest) -> bytes:
         """The bytes of a blob that an action of this build made or was given."""
@@ -152,6 +161,10 @@ def perform(store: Store, action: Action, key: str, components: dict[str, object
         if action.stage.kind is not Kind.SOURCE:
             store.commit(key, entry)
         return entry
+    except ArtifactError as error:
+        # Code that was built failed to run: by itself that does not say whose.
+        subject = {"stage": action.stage.name, "subject": action.subject, "key": key}
+        raise StageError(error.message, hint=error.hint, **subject) from error
     except TvmakeError:
         raise
     except MemoryError as error:

@@ -112,11 +112,13 @@ def _back(
     for target, model in pairs:
         pair, fresh = f"{target}:{model.name}", known.is_fresh(target, model)
         plan = known.plan(target, model)
-        for workload in plan.workloads if plan else ():
+        # In a build, what the store has needs no task: to look it up is all that there would be to do.
+        listed = [w for w in plan.workloads if with_deps or not workspace.build.is_compiled(target, w)] if plan else []
+        for workload in listed:
             if (target, workload.digest) not in seen:
                 seen[target, workload.digest] = None
                 yield from _operator(workspace, target, workload, fresh)
-        objects = [f"codegen:{target}:{workload.label}" for workload in plan.workloads] if plan else []
+        objects = [f"codegen:{target}:{workload.label}" for workload in listed]
         extracted = [f"extract:{pair}"] if with_deps else []
         clean = [(_remove, [workspace.artifact(target, model)])]
         yield _task("pack", pair, fresh, _asks(workspace, "packed", target, model), [*extracted, *objects])

@@ -14,6 +14,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +94,19 @@ def tvm_library(name: str) -> Path:
     return path
 
 
+# An ELF note of type NT_GNU_BUILD_ID, which linkers make of a library's content and put near its beginning.
+_BUILD_ID = (3).to_bytes(4, sys.byteorder) + b"GNU\0"
+_HEAD = 1 << 16
+
+
 def library_identity(path: Path) -> str:
-    """XXH3-128 of a library's bytes: two builds of one version are two tools."""
+    """XXH3-128 of a library's bytes, or of the head that holds its build ID: two builds of a version are two tools."""
     hasher = xxhash.xxh3_128()
     with open(path, "rb") as stream:
+        head = stream.read(_HEAD)
+        if _BUILD_ID in head:
+            return f"build ID, {xxhash.xxh3_128_hexdigest(head)}"
+        hasher.update(head)
         while chunk := stream.read(1 << 22):
             hasher.update(chunk)
     return hasher.hexdigest()

@@ -79,13 +79,13 @@ def failing(memoizer: Memoizer, action: Action) -> TvmakeError:
 @pytest.mark.parametrize("home", Home)
 def test_a_miss_runs_and_a_hit_does_not(memoizer: Memoizer, ran: Path, home: Home) -> None:
     action = counting(ran, home=home)
-    assert not memoizer.is_known(action)
+    assert memoizer.found(action) is None
     entry = memoizer.run(action)
     assert memoizer.blob(entry.outputs["out"]) == b"made" * 100
     assert runs(ran) == 1
     assert memoizer.run(action) is entry
     later = again(memoizer)
-    assert later.is_known(action)
+    assert later.found(action) is not None
     assert later.run(action).outputs == entry.outputs
     assert runs(ran) == 1
     assert (memoizer.tally.ran["count"], memoizer.tally.hits["count"]) == (1, 0)
@@ -162,7 +162,7 @@ def test_a_source_is_read_every_time_and_never_looked_up(memoizer: Memoizer, ran
     first = memoizer.run(action)
     assert memoizer.run(action).outputs == first.outputs
     assert runs(ran) == 2
-    assert not memoizer.is_known(action)
+    assert memoizer.found(action) is None
     assert memoizer.blob(first.outputs["out"])
     assert not list((memoizer.store.root / "ac").rglob("*"))
     assert memoizer.tally.ran["count"] == 2
@@ -174,7 +174,7 @@ def test_a_failure_leaves_no_entry_and_is_tried_again(memoizer: Memoizer, home: 
         action = Action(double(stage, home=home), "cpu:add")
         for _ in range(2):
             failing(memoizer, action)
-        assert not memoizer.is_known(action)
+        assert memoizer.found(action) is None
     assert not list((memoizer.store.root / "ac").rglob("*"))
     assert sum(memoizer.tally.ran.values()) == sum(memoizer.tally.hits.values()) == 0
 
@@ -201,7 +201,7 @@ def test_a_death_names_stage_subject_and_key(memoizer: Memoizer) -> None:
     error = failing(memoizer, action)
     assert isinstance(error, WorkerDiedError)
     assert (error.stage, error.subject, error.key) == ("segfault", "cpu:add", key_of(action.components(TOOLS)))
-    assert not memoizer.is_known(action)
+    assert memoizer.found(action) is None
 
 
 def test_an_input_that_vanished_is_named(memoizer: Memoizer) -> None:

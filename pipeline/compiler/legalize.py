@@ -97,7 +97,7 @@ def _bucket(call: relax.Call) -> tuple[Any, ...] | None:
                 return None
             parts.append((tuple(int(extent) for extent in ty.shape.values), str(ty.dtype)))
         else:
-            parts.append(None)
+            parts.append(tvm_ffi.structural_hash(leaf))
     return tuple(parts)
 
 
