@@ -7,6 +7,7 @@ at a multiple of 64, and tensors stand in an order that puts most of them at one
 where they are mapped.
 
 Weights pass from blob files into the file and from the file into memory without passing through Python objects.
+NumPy is loaded where arrays are asked for: a build writes weight files without it.
 """
 
 from __future__ import annotations
@@ -21,42 +22,46 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
-import ml_dtypes
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import ArtifactError
 from pipeline.types import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ALIGNMENT = 64
 
 # The symbols between which the same bytes stand inside a library.
 WEIGHTS_BEGIN, WEIGHTS_END = "tvmake_weights_begin", "tvmake_weights_end"
 
-# The names of dtypes in the format and in manifests; what is not here, the format cannot hold.
-_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-}
-_CODES = {name: code for code, name in _NAMES.items()}
+# The names of dtypes in the format and in manifests, and their bytes; what is not here, an artifact cannot carry.
+_DTYPES = (
+    ("BOOL", "bool", 1),
+    ("U8", "uint8", 1),
+    ("I8", "int8", 1),
+    ("U16", "uint16", 2),
+    ("I16", "int16", 2),
+    ("U32", "uint32", 4),
+    ("I32", "int32", 4),
+    ("U64", "uint64", 8),
+    ("I64", "int64", 8),
+    ("F16", "float16", 2),
+    ("BF16", "bfloat16", 2),
+    ("F32", "float32", 4),
+    ("F64", "float64", 8),
+    ("C64", "complex64", 8),
+    ("F8_E4M3", "float8_e4m3fn", 1),
+    ("F8_E5M2", "float8_e5m2", 1),
+    ("F8_E8M0", "float8_e8m0fnu", 1),
+)
+_NAMES = {code: name for code, name, _ in _DTYPES}
+_CODES = {name: code for code, name, _ in _DTYPES}
+_SIZES = {name: size for _, name, size in _DTYPES}
+CARRIED = frozenset(_CODES)
 _METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # as in the reference implementation
 _PREFIX = 8
@@ -68,12 +73,15 @@ _NO_COPY_FILE_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP
 
 def dtype_of(name: str) -> np.dtype[np.generic]:
     """The NumPy dtype of a manifest's dtype name, those of ml_dtypes included. TypeError for any other name."""
+    import ml_dtypes
+    import numpy as np
+
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def size_of(spec: TensorSpec) -> int:
     """Bytes of a tensor."""
-    return math.prod(spec.shape) * dtype_of(spec.dtype).itemsize
+    return math.prod(spec.shape) * (_SIZES.get(spec.dtype) or dtype_of(spec.dtype).itemsize)
 
 
 def write(target: str | os.PathLike[str] | BinaryIO, weights: Sequence[tuple[TensorSpec, Path]]) -> int:
@@ -187,6 +195,8 @@ def read_weights(buffer: memoryview, source: str, *, exact: bool = True) -> dict
     With `exact` the buffer must end where the last tensor does.
     """
     begin, header = _read_header(buffer, source)
+    import numpy as np
+
     weights: dict[str, NDArray[np.generic]] = {}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):

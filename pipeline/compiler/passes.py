@@ -139,9 +139,11 @@ def _bindings_in(expr: relax.Expr) -> Iterator[relax.Binding]:
                 yield binding
 
 
-@tvm.transform.module_pass(opt_level=0, name="LegalizeOnce")
-def legalize_once(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-    """TVM's LegalizeOps, with each distinct call worked out once: see pipeline.compiler.legalize."""
+def legalize_once(mod: tvm.IRModule) -> tvm.IRModule:
+    """TVM's LegalizeOps, with each distinct call worked out once: see pipeline.compiler.legalize.
+
+    A plain function and no pass object, since an error that a pass of Python's raises comes out of TVM as another one.
+    """
     return legalize(mod, {call.op.name for call in all_calls(mod) if isinstance(call.op, tvm.ir.Op)})
 
 

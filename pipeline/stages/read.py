@@ -103,7 +103,7 @@ def _npz(case: Case) -> bytes:
         for name, array in arrays.items():
             entry = f"{role}:{name}"
             entries[entry] = array
-            if array.dtype.kind == "V":
+            if array.dtype.isbuiltin != 1:
                 entries[entry] = array.view(f"u{array.dtype.itemsize}")
                 entries[f"dtype:{entry}"] = np.array(array.dtype.name)
     stream = io.BytesIO()
