@@ -27,7 +27,7 @@ def tensor_over(array: Array) -> Tensor:
     NumPy exports neither read-only arrays nor the dtypes of ml_dtypes, so the bytes are exported, and TVM's own view
     gives them shape and dtype. No kernel writes to its inputs.
     """
-    if array.flags.writeable and array.dtype.kind in "biufc":
+    if array.flags.writeable and array.dtype.isbuiltin == 1:
         return tvm_ffi.from_dlpack(array)
     raw = np.frombuffer(memory_at(array.ctypes.data, array.nbytes, array), np.uint8)
     return _view(tvm_ffi.from_dlpack(raw), array.shape, array.dtype.name)
@@ -36,7 +36,7 @@ def tensor_over(array: Array) -> Tensor:
 def array_over(tensor: Tensor) -> Array:
     """An array over the memory of a contiguous tensor."""
     dtype = dtype_of(str(tensor.dtype))
-    if dtype.kind in "biufc":
+    if dtype.isbuiltin == 1:
         return np.from_dlpack(tensor)
     shape = tuple(tensor.shape)
     raw: Array = np.from_dlpack(_view(tensor, (math.prod(shape) * dtype.itemsize,), "uint8"))

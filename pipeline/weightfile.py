@@ -38,7 +38,7 @@ ALIGNMENT = 64
 # The symbols between which the same bytes stand inside a library.
 WEIGHTS_BEGIN, WEIGHTS_END = "tvmake_weights_begin", "tvmake_weights_end"
 
-# The names of dtypes in the format and in manifests, and their bytes; what is not here, an artifact cannot carry.
+# The names of dtypes in the format and in manifests, and their bytes; what is not here, the format cannot hold.
 _DTYPES = (
     ("BOOL", "bool", 1),
     ("U8", "uint8", 1),
@@ -61,7 +61,6 @@ _DTYPES = (
 _NAMES = {code: name for code, name, _ in _DTYPES}
 _CODES = {name: code for code, name, _ in _DTYPES}
 _SIZES = {name: size for _, name, size in _DTYPES}
-CARRIED = frozenset(_CODES)
 _METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # as in the reference implementation
 _PREFIX = 8

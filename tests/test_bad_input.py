@@ -98,7 +98,7 @@ BAD = {
     "killed": ('onnx("killed", kills_itself)', "read:killed", ["read of killed", "SIGKILL"]),
     "exits": ('onnx("exits", exits)', "read:exits", ["read of exits", "exit code 3"]),
     "no_data": ('relax("no_data", has_no_weights)', "read:no_data", ["weight", "no data", "parameter.data"]),
-    "symbolic": ('relax("symbolic", is_open)', "extract:native:symbolic", ["input x", "open shape"]),
+    "symbolic": ('relax("symbolic", is_open)', "extract:native:symbolic", ["input 'x'", "open shape"]),
     "no_case": ('onnx("no_case", "dense.onnx", cases=["nowhere"])', "read:no_case", ["nowhere", "input_0.pb"]),
     "planted": (
         'onnx("planted", "dense.onnx", cases=["planted"])',

@@ -24,7 +24,7 @@ from pipeline.compiler import ir, lifting, objects, passes, targets
 from pipeline.errors import ModelError
 from pipeline.hashing import Digest
 from pipeline.types import TensorSpec, symbol_of
-from pipeline.weightfile import CARRIED
+from pipeline.weightfile import dtype_of
 
 ENTRY = "main"
 PREPARE = "prepare"
@@ -245,18 +245,27 @@ def _returned(mod: tvm.IRModule, names: Sequence[str]) -> tuple[TensorSpec, ...]
 
 def _spec(name: str, ty: relax.Type, role: str, mod: tvm.IRModule | None = None) -> TensorSpec:
     if not isinstance(ty, relax.TensorType):
-        raise ModelError(f"the {role} {name} is a {type(ty).__name__}, not a tensor", hint="return tensors only")
+        raise ModelError(f"the {role} {str(name)!r} is a {type(ty).__name__}, not a tensor", hint="return tensors only")
     if not passes.is_static(ty):
         raise ModelError(
-            f"the {role} {name} has an open shape{_opened_by(mod)}",
+            f"the {role} {str(name)!r} has an open shape{_opened_by(mod)}",
             hint="give inputs fixed shapes, shapes={'input': (1, 3, 224, 224)}; make constants of what decides shapes",
         )
-    if str(ty.dtype) not in CARRIED:
+    if not _is_whole_bytes(str(ty.dtype)):
         raise ModelError(
-            f"the {role} {name} has the dtype {ty.dtype}, which artifacts cannot take or return",
+            f"the {role} {str(name)!r} has the dtype {ty.dtype}, which artifacts cannot take or return",
             hint="cast it in the model",
         )
     return TensorSpec(str(name), tuple(int(extent) for extent in ty.shape.values), str(ty.dtype))
+
+
+def _is_whole_bytes(dtype: str) -> bool:
+    """Whether NumPy can hold a dtype, element by element: not those of fewer than eight bits."""
+    bits = re.search(r"\d+", dtype)
+    try:
+        return dtype_of(dtype).itemsize > 0 and (bits is None or int(bits[0]) % 8 == 0)
+    except TypeError:
+        return False
 
 
 def _opened_by(mod: tvm.IRModule | None) -> str:
