@@ -80,6 +80,12 @@ class ArtifactError(TvmakeError):
     """A built artifact cannot be loaded or called."""
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of what an exception says, after the trace of C++ frames that TVM puts before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def explain_os_error(error: OSError, doing: str) -> StoreError:
     """Turns an operating system's refusal into a sentence and a hint."""
     hints = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import tvm
 from tvm.target import codegen
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, last_line
 
 NATIVE = "native"
 
@@ -31,7 +31,7 @@ def resolve(written: str | Mapping[str, object]) -> dict[str, object]:
     except Exception as error:
         kinds = ", ".join(sorted(tvm.target.Target.list_kinds()))
         raise ConfigError(
-            f"TVM refuses the target {written!r}: {_said(error)}", hint=f"kinds that this TVM knows: {kinds}"
+            f"TVM refuses the target {written!r}: {last_line(error)}", hint=f"kinds that this TVM knows: {kinds}"
         ) from error
     cpu, triple = attributes.get("mcpu"), str(attributes.get("mtriple", ""))
     if attributes["kind"] == "llvm" and cpu and not codegen.llvm_is_valid_cpu(cpu, triple):
@@ -53,8 +53,3 @@ def llvm_version() -> str:
 def _attributes(target: tvm.target.Target) -> dict[str, object]:
     attributes: dict[str, object] = json.loads(str(target))
     return attributes
-
-
-def _said(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

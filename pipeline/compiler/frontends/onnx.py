@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.compiler.frontends import Case, Read, raw
-from pipeline.errors import ModelError, SetupError
+from pipeline.errors import ModelError, SetupError, last_line
 from pipeline.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ def _simplified(model: ModelProto) -> ModelProto:
 
 
 def _import_error(error: Exception, graph: GraphProto) -> ModelError:
-    said = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    said = last_line(error)
     hint = "replace the operator, or export with another opset"
     if "not supported for frontend ONNX" in str(error):
         names = {name.strip() for name in str(error).rpartition(":")[2].split(",")}

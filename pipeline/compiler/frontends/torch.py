@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.compiler.frontends import Case, Read
-from pipeline.errors import ModelError, SetupError
+from pipeline.errors import ModelError, SetupError, last_line
 
 _INSTALL = "pip install 'tvmake[torch]'"
 
@@ -34,7 +34,7 @@ def read(source: Path | Callable[[], Any], seeds: tuple[int, ...] = (0,)) -> Rea
         try:
             program = torch.export.load(source)
         except Exception as error:
-            raise ModelError(f"{source} is no exported program: {_said(error)}") from error
+            raise ModelError(f"{source} is no exported program: {last_line(error)}") from error
     else:
         program = source()
     if not isinstance(program, ExportedProgram):
@@ -45,7 +45,7 @@ def read(source: Path | Callable[[], Any], seeds: tuple[int, ...] = (0,)) -> Rea
     try:
         mod = from_exported_program(program, keep_params_as_input=True, unwrap_unit_return_tuple=True)
     except Exception as error:
-        raise ModelError(f"TVM's importer cannot take the program: {_said(error)}") from error
+        raise ModelError(f"TVM's importer cannot take the program: {last_line(error)}") from error
     from tvm.relax.frontend import detach_params
 
     mod, params = detach_params(mod)
@@ -73,8 +73,3 @@ def _recorded(program: Any, inputs: list[Any], seed: int, origin: str) -> Case:
         returned = program.module()(*(torch.from_numpy(np.array(arrays[spec.name])) for spec in specs))
     outputs = list(returned) if isinstance(returned, tuple | list) else [returned]
     return Case(f"{origin}, seed {seed}", arrays, {f"output_{i}": o.numpy() for i, o in enumerate(outputs)})
-
-
-def _said(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
