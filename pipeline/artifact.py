@@ -27,6 +27,7 @@ from pipeline.types import (
     MANIFEST_FORMAT,
     WEIGHTS,
     Decision,
+    LibraryUse,
     Manifest,
     Operator,
     Plan,
@@ -51,6 +52,8 @@ class Draft:
     weights_in: str
     reference: Reference
     operators: tuple[Operator, ...]
+    shared: dict[str, Digest]  # shared libraries that lie beside the library, by file name
+    libraries: tuple[LibraryUse, ...]
 
 
 def operator(workload: Workload, decision: Decision, compiled: Digest) -> Operator:
@@ -63,7 +66,7 @@ def operator(workload: Workload, decision: Decision, compiled: Digest) -> Operat
         calls=workload.calls,
         implementation=decision.strategy,
         reason=decision.reason,
-        candidates=decision.candidates,
+        candidates=decision.trials,
         object=compiled.hash,
     )
 
@@ -99,7 +102,9 @@ def weight_file(store: Store, weights: Sequence[Weight]) -> Digest:
 
 def _write(store: Store, draft: Draft, folder: Path) -> Manifest:
     shutil.copyfile(_located_blob(store, draft.library), folder / LIBRARY)
-    names = [LIBRARY]
+    names = [LIBRARY, *sorted(draft.shared)]
+    for name, digest in draft.shared.items():
+        shutil.copyfile(_located_blob(store, digest), folder / name)
     if draft.weights_in == "beside":
         weightfile.write(folder / WEIGHTS, _located(store, draft.weights))
         names.append(WEIGHTS)
@@ -116,6 +121,7 @@ def _write(store: Store, draft: Draft, folder: Path) -> Manifest:
         files={name: Digest.of_file(folder / name) for name in names},
         reference=draft.reference,
         operators=draft.operators,
+        libraries=draft.libraries,
     )
     encoded = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
     (folder / MANIFEST).write_bytes(encoded + b"\n")

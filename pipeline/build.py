@@ -1,8 +1,8 @@
 """The graph of a build: which action needs which. Each method runs one stage, after what it depends on.
 
     resolve ─┐
-    read ────┴─ extract ─ apply ─ dispatch ─ codegen ─┐
-                   └───────────── pack ───────────────┴─ link ─ check ─ artifact
+    read ────┴─ extract ─ apply ─ dispatch ─ codegen ─┬─ pack ─ link ─ check ─ artifact
+                   └──────────────────────────────────┘              └─ profile
 
 doit runs these as tasks, in parallel, and tells what is up to date; but each method gets what it needs by itself, so
 that any task can be run alone, before the first build and after doit's database was deleted. What was asked for once
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,37 +23,32 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from pipeline import artifact, stages
-from pipeline.compiler import strategies
-from pipeline.config import TargetFile, load_target
+from pipeline.composition import Composition, Target, names
+from pipeline.config import load_target
+from pipeline.dispatch import Dispatcher, Run
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
 from pipeline.models import Model
+from pipeline.processor import device
 from pipeline.store import ActionEntry
 from pipeline.types import (
     CheckState,
     Decision,
     ModelKind,
     ModelSource,
+    Packed,
     Plan,
+    Profile,
     Reference,
     TensorSpec,
     Weight,
+    WeightUse,
     Workload,
+    symbol_of,
 )
 
 T = TypeVar("T")
-Candidates = tuple[tuple[str, Digest], ...]  # strategies and the functions that they offer, in the order of choice
-
-
-@dataclass(frozen=True)
-class Target:
-    """A target as its file describes it and as TVM understands it."""
-
-    name: str
-    file: TargetFile
-    attributes: dict[str, Any]
-    llvm: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,7 @@ class Linked:
 
     library: Digest
     weights: tuple[Weight, ...]
+    shared: Mapping[str, Digest]  # shared libraries that must lie beside it, by file name
 
 
 class Build:
@@ -94,6 +90,25 @@ class Build:
         self.source(model)
         return self._once(("files", model.name), list)
 
+    def problems(self, target: str, models: Iterable[Model]) -> list[str]:
+        """What of the target's order could not be used for these models, which are all that were built for it."""
+        composition = self.composition(target)
+        workloads = {w.digest: w for model in models for w in self.plan(target, model).workloads}
+        refused: dict[tuple[str, str], list[str]] = {}
+        for workload in workloads.values():
+            for trial in self.decision(target, workload).trials:
+                if trial.refused:
+                    refused.setdefault((trial.strategy, trial.refused), []).append(workload.label)
+        put_aside = [
+            f"{strategy} is put aside for {labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {reason}"
+            for (strategy, reason), labels in refused.items()
+        ]
+        return [*composition.problems, *composition.unused_bindings(workloads), *put_aside]
+
+    def files_composed(self, target: str) -> list[Path]:
+        """The files, beside the target's own, that the choice of strategies depended on."""
+        return self.composition(target).files()
+
     def plan(self, target: str, model: Model) -> Plan:
         """extract: what to compile, and how the parts make a library."""
         return self._once(("plan", target, model.name), lambda: self._extract(target, model)[0])
@@ -110,13 +125,17 @@ class Build:
         """The blob that holds the plan."""
         return self._extracted(target, model)["plan"]
 
-    def candidates(self, target: str, workload: Workload) -> Candidates:
-        """apply: the functions that the target's strategies offer for a workload, in the order of choice."""
-        return self._once(("candidates", target, workload.digest), lambda: self._apply(target, workload))
+    def composition(self, target: str) -> Composition:
+        """The strategies of a target's order, as this workspace has them."""
+        return self._once(("composition", target), lambda: Composition(self.folder, self.target(target), self.memoizer))
+
+    def candidates(self, target: str, workload: Workload) -> None:
+        """apply: has the target's strategies offer functions for a workload, and compiles those that will be timed."""
+        self._once(("candidates", target, workload.digest), lambda: self._dispatcher(target).prepare(workload))
 
     def decision(self, target: str, workload: Workload) -> Decision:
         """dispatch: which candidate is compiled."""
-        return self._once(("decision", target, workload.digest), lambda: self._dispatch(target, workload))
+        return self._once(("decision", target, workload.digest), lambda: self._dispatcher(target).decide(workload))
 
     def compiled(self, target: str, workload: Workload) -> Object:
         """codegen: the object file of the chosen function."""
@@ -134,6 +153,10 @@ class Build:
         """check: how far the outputs are from the reference's. Raises CheckError where they are too far."""
         return self._once(("reference", target, model.name), lambda: self._check(target, model))
 
+    def profile(self, target: str, model: Model) -> Profile | None:
+        """profile: where the time of an inference goes; None where the target's code does not run here."""
+        return self._once(("profile", target, model.name), lambda: self._profile(target, model))
+
     def artifact(self, target: str, model: Model) -> Path:
         """Writes artifacts/<target>/<model>, whole or not at all, and leaves it alone where it is right already."""
         return self._once(("artifact", target, model.name), lambda: self._publish(target, model))
@@ -143,9 +166,8 @@ class Build:
         extract = self.extract_action(target, model)
         inputs = dict(extract.inputs)
         for workload in self.plan(target, model).workloads:
-            inputs[f"{workload.label}.{self.decision(target, workload).strategy}"] = self.decision(
-                target, workload
-            ).function
+            chosen = self.decision(target, workload).candidate
+            inputs[f"{workload.label}.{chosen.strategy}"] = chosen.whole
         entry = self.memoizer.run(Action(stages.DUMP, extract.subject, inputs, extract.options))
         for name, digest in entry.outputs.items():
             path = folder / name
@@ -156,7 +178,7 @@ class Build:
     # the stages, one by one
 
     def _resolve(self, name: str) -> Target:
-        file = load_target(self.folder / "targets" / f"{name}.toml", [s.name for s in strategies.STRATEGIES])
+        file = load_target(self.folder / "targets" / f"{name}.toml", names(self.folder))
         action = Action(stages.RESOLVE, f"target {name}", options={"target": file.target})
         try:
             entry = self.memoizer.run(action)
@@ -196,6 +218,7 @@ class Build:
             "kind": model.kind,
             "weights": [weight.spec.name for weight in source.weights],
             "target": self.target(target).attributes,
+            "layout": self.target(target).file.layout,
         }
         return Action(stages.EXTRACT, f"{target}:{model.name}", {"skeleton": source.skeleton}, options)
 
@@ -203,80 +226,39 @@ class Build:
         entry = self.memoizer.run(self.extract_action(target, model))
         outputs = dict(entry.outputs)
         self._once(("extracted", target, model.name), lambda: outputs)
-        return msgspec.json.decode(self.memoizer.blob(outputs["plan"]), type=Plan), outputs
+        plan = msgspec.json.decode(self.memoizer.blob(outputs["plan"]), type=Plan)
+        self.composition(target).take_records(plan, outputs)
+        return plan, outputs
 
     def _extracted(self, target: str, model: Model) -> dict[str, Digest]:
         self.plan(target, model)
         return self._once(("extracted", target, model.name), dict)
 
-    def _apply_action(self, target: str, workload: Workload, strategy: str) -> Action:
-        resolved = self.target(target)
-        options: dict[str, object] = {
-            "strategy": strategy,
-            "strategy version": strategies.by_name(strategy).version,
-            "target": resolved.attributes,
-        }
-        subject, inputs = f"{target}:{workload.label}", {"function": workload.function}
-        return Action(stages.APPLY, subject, inputs, options, resolved.file.timeout)
-
-    def _dispatch_action(self, target: str, workload: Workload, candidates: Candidates) -> Action:
-        listed = [[name, function.hash, function.size] for name, function in candidates]
-        options: dict[str, object] = {"candidates": listed, "select": self.target(target).file.select}
-        return Action(stages.DISPATCH, f"{target}:{workload.label}", options=options)
-
-    def _codegen_action(self, target: str, workload: Workload, decision: Decision) -> Action:
-        resolved = self.target(target)
-        options: dict[str, object] = {"symbol": workload.symbol, "target": resolved.attributes}
-        subject, inputs = f"{target}:{workload.label}", {"function": decision.function}
-        return Action(stages.CODEGEN, subject, inputs, options, resolved.file.timeout)
-
-    def _apply(self, target: str, workload: Workload) -> Candidates:
-        order = self.target(target).file.order
-        entries = [(name, self.memoizer.run(self._apply_action(target, workload, name))) for name in order]
-        return self._applicable(target, workload, entries)
-
-    @staticmethod
-    def _applicable(target: str, workload: Workload, entries: Iterable[tuple[str, ActionEntry]]) -> Candidates:
-        found = tuple((name, entry.outputs["function"]) for name, entry in entries if "function" in entry.outputs)
-        if not found:
-            raise ConfigError(
-                f"no strategy of targets/{target}.toml applies to {workload.label}", hint='add "default" to its order'
-            )
-        return found
-
-    def _dispatch(self, target: str, workload: Workload) -> Decision:
-        return self._decided(
-            self.memoizer.run(self._dispatch_action(target, workload, self.candidates(target, workload)))
-        )
-
-    def _decided(self, entry: ActionEntry) -> Decision:
-        return msgspec.json.decode(self.memoizer.blob(entry.outputs["decision"]), type=Decision)
+    def _dispatcher(self, target: str, run: Run | None = None) -> Dispatcher:
+        return Dispatcher(self.target(target), self.composition(target), self.memoizer, run or self.memoizer.run)
 
     def _codegen(self, target: str, workload: Workload) -> Object:
         decision = self.decision(target, workload)
-        entry = self.memoizer.run(self._codegen_action(target, workload, decision))
+        entry = self.memoizer.run(self._dispatcher(target).codegen(workload, decision.candidate))
         return Object(entry.outputs["object"], decision)
 
     def is_compiled(self, target: str, workload: Workload) -> bool:
         """Whether the store has a workload's object and all that led to it. What it has is remembered as asked for."""
-        entries = []
-        for strategy in self.target(target).file.order:
-            entry = self.memoizer.found(self._apply_action(target, workload, strategy))
-            if entry is None:
-                return False
-            entries.append((strategy, entry))
-        candidates = self._applicable(target, workload, entries)
-        chosen = self.memoizer.found(self._dispatch_action(target, workload, candidates))
-        if chosen is None:
+        dispatcher = self._dispatcher(target, self._found)
+        try:
+            decision = dispatcher.decide(workload)
+            compiled = self._found(dispatcher.codegen(workload, decision.candidate))
+        except _NotFoundError:
             return False
-        decision = self._decided(chosen)
-        compiled = self.memoizer.found(self._codegen_action(target, workload, decision))
-        if compiled is None:
-            return False
-        self._once(("candidates", target, workload.digest), lambda: candidates)
         self._once(("decision", target, workload.digest), lambda: decision)
         self._once(("object", target, workload.digest), lambda: Object(compiled.outputs["object"], decision))
         return True
+
+    def _found(self, action: Action) -> ActionEntry:
+        entry = self.memoizer.found(action)
+        if entry is None:
+            raise _NotFoundError
+        return entry
 
     def objects(self, target: str, workloads: Iterable[Workload]) -> dict[str, Object]:
         """The objects of many workloads, by digest; what is missing is compiled in parallel."""
@@ -286,49 +268,99 @@ class Build:
             return {workload.digest: made for workload, made in zip(wanted, done, strict=True)}
 
     def _pack(self, target: str, model: Model) -> tuple[Weight, ...]:
+        """The weights that inference takes: as the model has them, as `prepare` makes them, and then, where a chosen
+        function takes one in a layout of its own, laid out."""
         plan, source = self.plan(target, model), self.source(model)
-        given = {weight.spec.name: weight.blob for weight in (*source.weights, *plan.constants)}
-        packed: dict[int, Digest] = {}
+        given = {weight.spec.name: weight for weight in (*source.weights, *plan.constants)}
+        layouts = {i: packed for i, use in enumerate(plan.weights) if (packed := self._packed(target, plan, use))}
+        if not plan.prepares and not layouts:
+            return tuple(Weight(use.spec, given[use.source].blob) for use in plan.weights)
+        outputs = self.memoizer.run(self._pack_action(target, model, given, layouts)).outputs
+        weights = []
+        for i, use in enumerate(plan.weights):
+            if i in layouts:
+                spec = msgspec.structs.replace(layouts[i][1].spec, name=use.spec.name)
+                weights.append(Weight(spec, outputs[f"a{i}"]))
+            else:
+                weights.append(Weight(use.spec, outputs[f"a{i}"] if use.packed >= 0 else given[use.source].blob))
+        return tuple(weights)
+
+    def _packed(self, target: str, plan: Plan, use: WeightUse) -> tuple[Workload, Packed] | None:
+        """What lays out a weight for its one user; None where that takes it as it is."""
+        if not use.user:
+            return None
+        user = next(workload for workload in plan.workloads if workload.digest == use.user)
+        packed = self.decision(target, user).candidate.packed
+        return next(((user, each) for each in packed if each.param == use.param), None)
+
+    def _pack_action(
+        self,
+        target: str,
+        model: Model,
+        given: Mapping[str, Weight],
+        layouts: Mapping[int, tuple[Workload, Packed]],
+    ) -> Action:
+        plan, dispatcher = self.plan(target, model), self._dispatcher(target)
+        inputs: dict[str, Digest] = {}
+        libraries = []
         if plan.prepares:
             needed = [workload for workload in plan.workloads if workload.prepares]
-            inputs = {"prepare": self._extracted(target, model)["prepare"]}
-            inputs |= {f"o{digest}": made.blob for digest, made in self.objects(target, needed).items()}
-            inputs |= {f"w{i}": given[name] for i, name in enumerate(plan.packing)}
-            specs = {weight.spec.name: weight.spec for weight in (*source.weights, *plan.constants)}
-            options: dict[str, object] = {
-                "weights": [[list(specs[name].shape), specs[name].dtype] for name in plan.packing],
-                "packed": [[list(use.spec.shape), use.spec.dtype] for use in plan.weights if use.packed >= 0],
-            }
-            entry = self.memoizer.run(Action(stages.PACK, f"{target}:{model.name}", inputs, options))
-            packed = {i: entry.outputs[f"p{i}"] for i in range(len(entry.outputs))}
-        return tuple(
-            Weight(use.spec, packed[use.packed] if use.packed >= 0 else given[use.source]) for use in plan.weights
-        )
+            made = self.objects(target, needed)
+            inputs["prepare"] = self._extracted(target, model)["prepare"]
+            inputs |= {f"o{digest}": each.blob for digest, each in made.items()}
+            libraries += [each.decision.candidate.library for each in made.values()]
+        for user, packed in layouts.values():
+            entry = self.memoizer.run(dispatcher.packing(user, packed))
+            inputs[f"o{packed.function.hash}"] = entry.outputs["object"]
+            libraries.append(self.decision(target, user).candidate.library)
+        plain = {plan.weights[i].source for i in layouts if plan.weights[i].packed < 0}
+        taken = list(dict.fromkeys([*plan.packing, *sorted(plain)]))
+        inputs |= {f"w{i}": given[name].blob for i, name in enumerate(taken)}
+        arguments: dict[str, object] = {}
+        for i, use in enumerate(plan.weights):
+            if use.packed < 0 and i not in layouts:
+                continue
+            layout = layouts.get(i)
+            symbol, spec = (symbol_of(layout[1].function.hash), layout[1].spec) if layout else ("", use.spec)
+            origin = f"p{use.packed}" if use.packed >= 0 else f"w{taken.index(use.source)}"
+            arguments[f"a{i}"] = [origin, symbol, list(spec.shape), spec.dtype]
+        objects, shared = self.composition(target).linked_with(libraries)
+        inputs |= {f"o-{file.removesuffix('.o')}": digest for file, digest in objects.items()}
+        inputs |= {f"l{i}": digest for i, digest in enumerate(shared.values())}
+        options: dict[str, object] = {
+            "weights": [[list(given[name].spec.shape), given[name].spec.dtype] for name in taken],
+            "prepared": len(plan.packing) if plan.prepares else 0,
+            "arguments": arguments,
+            "libraries": list(shared),
+        }
+        return Action(stages.PACK, f"{target}:{model.name}", inputs, options, self.target(target).file.timeout)
 
     def _link(self, target: str, model: Model) -> Linked:
         plan, weights = self.plan(target, model), self.packed(target, model)
-        needed = [workload for workload in plan.workloads if workload.calls]
+        made = self.objects(target, [workload for workload in plan.workloads if workload.calls])
         inputs = {"main": self._extracted(target, model)["main"]}
-        inputs |= {f"o{digest}": made.blob for digest, made in self.objects(target, needed).items()}
+        inputs |= {f"o{digest}": each.blob for digest, each in made.items()}
+        objects, shared = self.composition(target).linked_with(
+            each.decision.candidate.library for each in made.values()
+        )
+        inputs |= {f"o-{file.removesuffix('.o')}": digest for file, digest in objects.items()}
+        inputs |= {f"l{i}": digest for i, digest in enumerate(shared.values())}
         if self.target(target).file.weights == "inside":
             inputs["weights"] = artifact.weight_file(self.memoizer.store, weights)
-        entry = self.memoizer.run(Action(stages.LINK, f"{target}:{model.name}", inputs))
-        return Linked(entry.outputs["library"], weights)
+        entry = self.memoizer.run(Action(stages.LINK, f"{target}:{model.name}", inputs, {"libraries": list(shared)}))
+        return Linked(entry.outputs["library"], weights, shared)
 
     def _check(self, target: str, model: Model) -> Reference:
         resolved, source, linked = self.target(target), self.source(model), self.linked(target, model)
         if not resolved.file.check.enabled:
             return Reference(CheckState.SKIPPED, "switched off in the target's file")
         plan = self.plan(target, model)
-        inputs = {"library": linked.library, "skeleton": source.skeleton}
-        inputs |= {f"a{i}": weight.blob for i, weight in enumerate(linked.weights)}
+        inputs = {"skeleton": source.skeleton, **_runnable(linked)}
         inputs |= {f"w{i}": weight.blob for i, weight in enumerate(source.weights)}
         inputs |= {f"case{i}": case for i, case in enumerate(source.cases)}
         options: dict[str, object] = {
             "kind": model.kind,
-            "inputs": _plain(plan.inputs),
-            "outputs": _plain(plan.outputs),
-            "arguments": _plain(weight.spec for weight in linked.weights),
+            **_signature(plan, linked),
             "weights": _plain(weight.spec for weight in source.weights),
             "tolerance": resolved.file.check.tolerance,
             "seeds": list(resolved.file.check.seeds),
@@ -347,11 +379,21 @@ class Build:
             )
         return outcome
 
+    def _profile(self, target: str, model: Model) -> Profile | None:
+        resolved = self.target(target)
+        if not self._dispatcher(target).can_measure():
+            return None
+        linked, plan = self.linked(target, model), self.plan(target, model)
+        options: dict[str, object] = {**_signature(plan, linked), "high": model.high, "device": device()}
+        action = Action(stages.PROFILE, f"{target}:{model.name}", _runnable(linked), options, resolved.file.timeout)
+        return msgspec.json.decode(self.memoizer.blob(self.memoizer.run(action).outputs["profile"]), type=Profile)
+
     def _publish(self, target: str, model: Model) -> Path:
         linked, reference, plan = self.linked(target, model), self.reference(target, model), self.plan(target, model)
         resolved = self.target(target)
         used = [workload for workload in plan.workloads if workload.calls]
         objects = self.objects(target, used)
+        called = {each.decision.candidate.library for each in objects.values()} - {""}
         draft = artifact.Draft(
             model=model.name,
             target=target,
@@ -363,6 +405,8 @@ class Build:
             weights_in=resolved.file.weights,
             reference=reference,
             operators=tuple(artifact.operator(w, objects[w.digest].decision, objects[w.digest].blob) for w in used),
+            shared=dict(linked.shared),
+            libraries=tuple(self.composition(target).describe(name) for name in sorted(called)),
         )
         folder = self.folder / "artifacts" / target / model.name
         artifact.publish(self.memoizer.store, draft, folder)
@@ -385,6 +429,27 @@ class Build:
             except BaseException as error:
                 future.set_exception(error)
         return cast("T", future.result())
+
+
+class _NotFoundError(Exception):
+    """The store lacks an action's result."""
+
+
+def _runnable(linked: Linked) -> dict[str, Digest]:
+    """A library with what it takes to run it, as the inputs of a stage."""
+    inputs = {"library": linked.library}
+    inputs |= {f"a{i}": weight.blob for i, weight in enumerate(linked.weights)}
+    return inputs | {f"l{i}": digest for i, digest in enumerate(linked.shared.values())}
+
+
+def _signature(plan: Plan, linked: Linked) -> dict[str, object]:
+    """What a library takes and gives, and which libraries it needs, as the options of a stage."""
+    return {
+        "inputs": _plain(plan.inputs),
+        "outputs": _plain(plan.outputs),
+        "arguments": _plain(weight.spec for weight in linked.weights),
+        "libraries": list(linked.shared),
+    }
 
 
 def _plain(specs: Iterable[TensorSpec]) -> list[list[object]]:

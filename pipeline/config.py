@@ -25,25 +25,59 @@ class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seeds: tuple[int, ...] = (0,)
 
 
+class Measure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[measure]: how candidates are timed where select is "fastest".
+
+    noise     share by which a candidate must beat one that comes before it in the order
+    seconds   of timing for each candidate of each operator
+    patience  seconds after which a candidate that has not ended is given up
+    """
+
+    noise: float = 0.03
+    seconds: float = 0.1
+    patience: float = 20.0
+
+
+class Operators(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[[operators]]: which strategies some operators may use. Of several that match, each has its say.
+
+    match   operators by name as `doit list` shows it, with * and ?: "fused_conv2d*", "conv2d-4b17c507"
+    only    strategies that these may use, in the target's order; all where absent
+    forbid  strategies that these may not use
+    """
+
+    match: str
+    only: tuple[str, ...] | None = None
+    forbid: tuple[str, ...] = ()
+
+
 class TargetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The keys that a target's file may have.
 
     target   "native" (this machine), a tag or string of TVM's, or a table of a TVM target's attributes
     models   names of the models to build for it; all of the workspace's where absent
-    order    strategies in the order of choice
-    select   "first": the first strategy that applies
+    order    strategies in the order of choice; "library" stands for all of `libraries`
+    libraries  libraries in the order of choice; all that tvmake or the workspace has where absent
+    select   "first": the first strategy that applies; "fastest": all are built, compared and timed
+    layout   "NHWC": convolutions are computed channels-last; "as-is": as the model is written
+    records  folders of MetaSchedule databases, from the workspace's folder, that "tuned" takes its records from
     weights  "beside" the library in a file, or "inside" it
     timeout  seconds that one action may take
-    check    see Check
+    check, measure, operators  see Check, Measure, Operators
     """
 
     target: str | dict[str, Any]
     models: tuple[str, ...] | None = None
-    order: tuple[str, ...] = ("default",)
-    select: Literal["first"] = "first"
+    order: tuple[str, ...] = ("manual", "library", "tuned", "rules", "default")
+    libraries: tuple[str, ...] | None = None
+    select: Literal["first", "fastest"] = "first"
+    layout: Literal["NHWC", "as-is"] = "NHWC"
+    records: tuple[str, ...] = ()
     weights: Literal["beside", "inside"] = "beside"
     timeout: float = 1800.0
     check: Check = Check()
+    measure: Measure = Measure()
+    operators: tuple[Operators, ...] = ()
 
 
 def load_target(path: Path, strategies: Collection[str] | None = None) -> TargetFile:
@@ -62,16 +96,28 @@ def load_target(path: Path, strategies: Collection[str] | None = None) -> Target
     except msgspec.ValidationError as error:
         said = str(error).replace("Object contains unknown", "unknown").replace("Object missing required", "missing")
         raise ConfigError(f"{_shown(path)}: {said.replace('field', 'key')}", hint=_allowed()) from error
-    unknown = [name for name in read.order if strategies is not None and name not in strategies]
-    if unknown or not read.order:
-        what = f"order names {', '.join(map(repr, unknown))}" if unknown else "order is empty"
-        raise ConfigError(f"{_shown(path)}: {what}", hint=f"strategies: {', '.join(strategies or ())}")
+    _require_known(path, read, strategies)
     _require_sensible(path, read)
     if not read.check.seeds and read.check.enabled:
         raise ConfigError(
             f"{_shown(path)}: check.seeds is empty", hint="give at least one, or set check.enabled = false"
         )
     return read
+
+
+def _require_known(path: Path, read: TargetFile, strategies: Collection[str] | None) -> None:
+    if not read.order:
+        raise ConfigError(f"{_shown(path)}: order is empty", hint=f"strategies: {', '.join(strategies or ())}")
+    named = {"order": read.order, "libraries": read.libraries or ()}
+    for rule in read.operators:
+        named[f"only of operators {rule.match!r}"], named[f"forbid of operators {rule.match!r}"] = rule.only or (), rule.forbid
+    for key, names in named.items():
+        unknown = [name for name in names if strategies is not None and name not in strategies]
+        if unknown:
+            raise ConfigError(
+                f"{_shown(path)}: {key} names {', '.join(map(repr, unknown))}",
+                hint=f"strategies: {', '.join(strategies or ())}",
+            )
 
 
 def _allowed() -> str:
@@ -81,7 +127,9 @@ def _allowed() -> str:
     for name in TargetFile.__struct_fields__:
         choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
         keys.append(name + (f" ({', '.join(choices)})" if choices else ""))
-    return f"keys: {', '.join(keys)}; under [check]: {', '.join(Check.__struct_fields__)}"
+    tables = {"[check]": Check, "[measure]": Measure, "[[operators]]": Operators}
+    under = "; ".join(f"under {name}: {', '.join(table.__struct_fields__)}" for name, table in tables.items())
+    return f"keys: {', '.join(keys)}; {under}"
 
 
 def _require_sensible(path: Path, read: TargetFile) -> None:
@@ -89,6 +137,11 @@ def _require_sensible(path: Path, read: TargetFile) -> None:
         raise ConfigError(f"{_shown(path)}: timeout is {read.timeout}", hint="give seconds, more than 0")
     if not read.check.tolerance >= 0:
         raise ConfigError(f"{_shown(path)}: check.tolerance is {read.check.tolerance}", hint="give 0 or more")
+    if not 0 <= read.measure.noise < 1:
+        raise ConfigError(f"{_shown(path)}: measure.noise is {read.measure.noise}", hint="give a share from 0 to 1")
+    for name, seconds in (("seconds", read.measure.seconds), ("patience", read.measure.patience)):
+        if not seconds > 0:
+            raise ConfigError(f"{_shown(path)}: measure.{name} is {seconds}", hint="give seconds, more than 0")
     if any(seed < 0 for seed in read.check.seeds):
         raise ConfigError(f"{_shown(path)}: check.seeds is {list(read.check.seeds)}", hint="give numbers of 0 or more")
 

@@ -74,8 +74,8 @@ def holds(kept: Mapping[str, Any] | None, declared: str) -> bool:
         return False
 
 
-def declaration(model: Model, target: str) -> str:
-    """A fingerprint of what is declared apart from the bytes of files."""
+def declaration(model: Model, target: str, composed: str) -> str:
+    """A fingerprint of what is declared apart from the bytes of files; `composed` is that of the strategies."""
     parts = [
         model.name,
         model.kind,
@@ -84,6 +84,7 @@ def declaration(model: Model, target: str) -> str:
         repr(sorted(model.shapes.items())),
         repr([[str(path) for path in model.depends], [str(path) for path in model.cases]]),
         str(model.high),
+        composed,
         _machine_declaration(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

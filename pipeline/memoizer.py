@@ -10,10 +10,11 @@ Every method may be called from any thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,6 +80,7 @@ class Memoizer:
         self.tally = Tally()
         self.watcher: Watcher | None = None
         self._counting = threading.Lock()
+        self._floor = _Floor()
         self._known: dict[str, ActionEntry] = {}
 
     def found(self, action: Action) -> ActionEntry | None:
@@ -140,15 +142,52 @@ class Memoizer:
         return entry
 
     def _perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
-        if action.stage.home is Home.INLINE:
-            entry = perform(self.store, action, key, components)
-        else:
-            entry = self.workers.perform(action, key, components)
+        with self._floor.alone(self.store) if action.stage.alone else self._floor.shared():
+            if action.stage.home is Home.INLINE:
+                entry = perform(self.store, action, key, components)
+            else:
+                entry = self.workers.perform(action, key, components)
         with self._counting:
             self.tally.ran[action.stage.name] += 1
             if action.stage.kind is not Kind.SOURCE:
                 self._known[key] = entry
         return entry
+
+
+class _Floor:
+    """Where actions run: any number at once, or one alone, which goes before those that come after it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._waiting = 0  # of those that want to be alone
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._running >= 0 and self._waiting == 0)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self, store: Store) -> Iterator[None]:
+        """Other builds that share the store time nothing meanwhile either."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._running == 0)
+            self._running, self._waiting = -1, self._waiting - 1
+        try:
+            with store.locked("measuring"):  # no digest: never the slot that this thread holds already
+                yield
+        finally:
+            with self._changed:
+                self._running = 0
+                self._changed.notify_all()
 
 
 def perform(store: Store, action: Action, key: str, components: dict[str, object]) -> ActionEntry:

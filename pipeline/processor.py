@@ -6,11 +6,15 @@ before. What is not known here (another system, an unlisted processor) is let th
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 # https://gitlab.com/x86-psABIs/x86-64-ABI, "micro-architecture levels", in the words of /proc/cpuinfo. What vector
 # code of LLVM uses first, not every flag of a level.
@@ -23,6 +27,16 @@ _PROCESSORS = (
     (r"x86-64-v4|skylake-avx512|cascadelake|cooperlake|icelake-\w+|tigerlake|rocketlake", _V4),
     (r"sapphirerapids|emeraldrapids|graniterapids.*|znver[45]", (*_V4, "avx512_bf16", "avx512_vnni")),
 )
+
+
+def device() -> str:
+    """What times on this machine hold for: the processor's name, and how many cores a process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = os.environ.get("OMP_NUM_THREADS") or os.environ.get("TVM_NUM_THREADS") or ""
+    found = re.search(r"^model name\s*:(.*)$", _cpuinfo(), re.MULTILINE)
+    features = xxhash.xxh3_64_hexdigest(" ".join(sorted(_features())).encode())
+    name = found[1].strip() if found else platform.machine()
+    return f"{name} ({features[:8]}), {cores} cores" + (f", {limit} threads" if limit else "")
 
 
 def missing_features(target: Mapping[str, Any]) -> list[str]:
@@ -56,9 +70,12 @@ def _plain(name: str) -> str:
 @cache
 def _features() -> frozenset[str]:
     """The plain names of this processor's features; none where they cannot be told."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    found = re.search(r"^flags\s*:(.*)$", _cpuinfo(), re.MULTILINE)
     return frozenset(_plain(flag) for flag in found[1].split()) if found else frozenset()
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""

@@ -11,16 +11,22 @@ from typing import Any, TextIO
 from pipeline.memoizer import Action, Watcher
 
 # Stages whose every run is worth a line where there is no terminal. The others take microseconds.
-_TOLD = ("read", "extract", "codegen", "pack", "link", "check")
+_TOLD = ("read", "extract", "shim", "codegen", "measure", "pack", "link", "check", "profile")
 _DONE = {
     "resolve": "resolved",
     "read": "read",
     "extract": "extracted",
+    "shim": "compiled the calls of",
     "codegen": "compiled",
+    "measure": "timed the candidates of",
     "pack": "packed",
     "link": "linked",
     "check": "checked",
+    "profile": "timed",
 }
+
+
+_WIDTH = 160  # of a table where there is no terminal
 
 
 class Progress(Watcher):
@@ -91,6 +97,13 @@ class Progress(Watcher):
         """One line, above the live one where there is a terminal."""
         with self._lock:
             self._write(text)
+
+    def show(self, table: Any) -> None:
+        """A table of rich's, at the end of everything."""
+        from rich.console import Console
+
+        with self._lock:
+            Console(file=self._stream, width=None if self._stream.isatty() else _WIDTH).print(table)
 
     @property
     def elapsed(self) -> float:

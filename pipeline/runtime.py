@@ -102,7 +102,8 @@ class Model:
         self._input_sizes = [size_of(spec) for spec in manifest.inputs]
         self._lock = threading.Lock()
         try:
-            self._main = started(library)[ENTRY]
+            self._machine = started(library)
+            self._main = self._machine[ENTRY]
         except (AttributeError, RuntimeError) as error:
             raise ArtifactError(f"{LIBRARY} of {manifest.model} holds no program: {_first_line(error)}") from error
 
@@ -153,6 +154,32 @@ class Model:
             self._invoke(tensors)
             seconds.append(time.perf_counter() - begin)
         return seconds
+
+    def profile(self, inputs: Mapping[str, Any], repeat: int = 10) -> tuple[float, dict[str, float]]:
+        """Seconds of one run, and of each function in it by its symbol: sums over a run, the least of `repeat` runs."""
+        tensors = self._arguments((), dict(inputs))
+        spent: dict[str, float] = {}
+        begun: list[float] = []
+
+        def watch(_function: Any, name: str, before: bool, *_: Any) -> int:
+            now = time.perf_counter()
+            if before:
+                begun.append(now)
+            else:
+                spent[name] = spent.get(name, 0.0) + now - begun.pop()
+            return 0
+
+        self._invoke(tensors)
+        best = float("inf")
+        least: dict[str, float] = {}
+        self._machine["set_instrument"](tvm_ffi.convert(watch))
+        for _ in range(repeat):
+            spent.clear()
+            begin = time.perf_counter()
+            self._invoke(tensors)
+            best = min(best, time.perf_counter() - begin)
+            least = {name: min(seconds, least.get(name, seconds)) for name, seconds in spent.items()}
+        return best, least
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         if len(args) > len(self.inputs):
@@ -332,6 +359,15 @@ def open_library(folder: Path, files: Iterable[str], runtime: Path) -> tuple[Any
         except (OSError, RuntimeError) as error:
             reason = _first_line(error).replace(f"{library}: ", "").replace(str(library), LIBRARY)
             raise ArtifactError(f"{folder / LIBRARY} does not load: {reason}", hint=_REBUILD) from error
+
+
+def preload(libraries: Iterable[Path]) -> None:
+    """Loads shared libraries that another will need: the loader then finds them loaded, by their own names."""
+    for path in libraries:
+        try:
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise ArtifactError(f"{path.name} does not load: {_first_line(error)}", hint=_REBUILD) from error
 
 
 @contextmanager

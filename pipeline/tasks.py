@@ -2,7 +2,7 @@
 
     resolve:<target>    read:<model>    extract:<target>:<model>
     apply:  dispatch:  codegen:<target>:<operator>-<short key>
-    pack:   link:  check:  artifact:<target>:<model>
+    pack:   link:  check:  profile:  artifact:<target>:<model>
 
 doit gives order, parallel runs and what is up to date. A task's action asks the build for its stage's result, and the
 build knows what that needs, so a task run alone does what it takes. The tasks of operators are known from the last
@@ -22,6 +22,7 @@ from doit.exceptions import TaskError, TaskFailed
 from doit.globals import Globals
 
 from pipeline import freshness
+from pipeline.composition import fingerprint as composition_fingerprint
 from pipeline.errors import TvmakeError
 from pipeline.models import Model
 from pipeline.workspace import BEGUN_NS, Part, Selection, Workspace
@@ -34,11 +35,12 @@ DOCS = {
     "read": "models read: structure and weights apart",
     "extract": "models lowered: the unique operators and how they are called",
     "apply": "what the strategies offer for each operator",
-    "dispatch": "which of them each operator gets",
+    "dispatch": "which of them each operator gets: the first, or the fastest",
     "codegen": "one object file for each operator",
     "pack": "weights as the libraries take them",
     "link": "one shared library for each model",
     "check": "outputs compared with a reference's",
+    "profile": "where the time of an inference goes",
     "artifact": "artifacts/<target>/<model>: library, weights, manifest.json",
 }
 FRONT = ("resolve", "read", "extract")
@@ -108,41 +110,61 @@ def _front(workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known) 
 def _back(
     workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known, with_deps: bool
 ) -> Iterator[dict[str, Any]]:
-    seen: dict[tuple[str, str], None] = {}
+    plans = {(target, model.name): known.plan(target, model) for target, model in pairs}
+    # In a build, what the store has needs no task: to look it up is all that there would be to do.
+    listed = {
+        (target, model.name): [w for w in plan.workloads if with_deps or not workspace.build.is_compiled(target, w)]
+        for target, model in pairs
+        if (plan := plans[target, model.name]) is not None
+    }
+    fresh = {(target, model.name): known.is_fresh(target, model) for target, model in pairs}
+    operators = {(pair[0], w.digest): (w, fresh[pair]) for pair, workloads in listed.items() for w in workloads}
+    # What is timed comes after all that is compiled: to be timed it must have the machine to itself.
+    for stage, method, before in _OPERATOR_STAGES:
+        for (target, _), (workload, is_fresh) in operators.items():
+            yield _operator(workspace, target, workload, is_fresh, stage, method, before)
     for target, model in pairs:
-        pair, fresh = f"{target}:{model.name}", known.is_fresh(target, model)
-        plan = known.plan(target, model)
-        # In a build, what the store has needs no task: to look it up is all that there would be to do.
-        listed = [w for w in plan.workloads if with_deps or not workspace.build.is_compiled(target, w)] if plan else []
-        for workload in listed:
-            if (target, workload.digest) not in seen:
-                seen[target, workload.digest] = None
-                yield from _operator(workspace, target, workload, fresh)
-        objects = [f"codegen:{target}:{workload.label}" for workload in listed]
+        pair, is_fresh = f"{target}:{model.name}", fresh[target, model.name]
+        objects = [f"codegen:{target}:{workload.label}" for workload in listed.get((target, model.name), ())]
         extracted = [f"extract:{pair}"] if with_deps else []
-        clean = [(_remove, [workspace.artifact(target, model)])]
-        yield _task("pack", pair, fresh, _asks(workspace, "packed", target, model), [*extracted, *objects])
-        yield _task("link", pair, fresh, _asks(workspace, "linked", target, model), [f"pack:{pair}"])
-        yield _task("check", pair, fresh, _asks(workspace, "reference", target, model), [f"link:{pair}"])
+        for stage, method, before in _MODEL_STAGES:
+            deps = [f"{before}:{pair}"] if before else [*extracted, *objects]
+            yield _task(stage, pair, is_fresh, _asks(workspace, method, target, model), deps)
+        yield _task("profile", pair, is_fresh, partial(_profile, workspace, target, model), [f"check:{pair}"])
         yield {
-            **_task("artifact", pair, fresh, partial(known.finish, target, model), [f"check:{pair}"]),
-            "clean": clean,
+            **_task("artifact", pair, is_fresh, partial(known.finish, target, model), [f"profile:{pair}"]),
+            "clean": [(_remove, [workspace.artifact(target, model)])],
         }
 
 
-def _operator(workspace: Workspace, target: str, workload: Workload, fresh: bool) -> Iterator[dict[str, Any]]:
+# Stage, the build's method, and the stage before.
+_OPERATOR_STAGES = (
+    ("apply", "candidates", ""),
+    ("dispatch", "decision", "apply"),
+    ("codegen", "compiled", "dispatch"),
+)
+_MODEL_STAGES = (
+    ("pack", "packed", ""),
+    ("link", "linked", "pack"),
+    ("check", "reference", "link"),
+)
+
+
+def _profile(workspace: Workspace, target: str, model: Model) -> dict[str, Any]:
+    """Times a model, and returns what to remember of it."""
+    profile = workspace.build.profile(target, model)
+    return {"profile": {"seconds": profile.seconds, "operators": profile.operators} if profile else None}
+
+
+def _operator(
+    workspace: Workspace, target: str, workload: Workload, fresh: bool, stage: str, method: str, before: str
+) -> dict[str, Any]:
     name = f"{target}:{workload.label}"
-    for stage, method, before in (
-        ("apply", "candidates", None),
-        ("dispatch", "decision", "apply"),
-        ("codegen", "compiled", "dispatch"),
-    ):
-        yield {
-            **_task(
-                stage, name, fresh, _asks(workspace, method, target, workload), [f"{before}:{name}"] if before else []
-            ),
-            "doc": " ".join((workload.name, *workload.shapes)),
-        }
+    deps = [f"{before}:{name}"] if before else []
+    return {
+        **_task(stage, name, fresh, _asks(workspace, method, target, workload), deps),
+        "doc": " ".join((workload.name, *workload.shapes)),
+    }
 
 
 def _task(
@@ -176,7 +198,8 @@ class _Known:
     def __init__(self, workspace: Workspace, pairs: list[tuple[str, Model]]) -> None:
         self._workspace = workspace
         self._loaded = freshness.loaded_user_files()
-        self._declared = {(t, m.name): freshness.declaration(m, t) for t, m in pairs}
+        composed = composition_fingerprint(workspace.folder)
+        self._declared = {(t, m.name): freshness.declaration(m, t, composed) for t, m in pairs}
         self._fresh: dict[tuple[str, str], bool] = {}
 
     def is_fresh(self, target: str, model: Model) -> bool:
@@ -219,6 +242,7 @@ class _Known:
             *(self._workspace.folder / path for path in model.depends),
             *freshness.machine_files(),
             self._workspace.target_file(target),
+            *build.files_composed(target),
         ]
         made = sorted(folder.iterdir())
         return {"record": freshness.record(self._declared[target, model.name], files, made, BEGUN_NS)}

@@ -4,7 +4,10 @@ Signature      inputs, weights and outputs of a model: TensorSpec each
 ModelSource    what `read` makes of a model: its skeleton without weights, and the weights
 Workload       one unique PrimFunc of a model
 Plan           what `extract` makes of a skeleton for one target
+Candidate      what one strategy offers for one workload
+Trial          what became of a candidate: its time, or why it was put aside
 Decision       what `dispatch` chose for one workload, among which candidates
+Profile        where a model's time goes
 Reference      what `check` found
 Manifest       what an artifact says of itself: manifest.json
 """
@@ -60,6 +63,7 @@ class Workload(msgspec.Struct, frozen=True):
     shapes: tuple[str, ...]
     calls: int  # per inference; 0 where only the preparation of weights calls it
     prepares: bool  # whether the preparation of weights calls it
+    written: tuple[int, ...] = ()  # indices of the parameters that it writes
 
     @property
     def digest(self) -> str:
@@ -76,6 +80,16 @@ class Workload(msgspec.Struct, frozen=True):
         """What a person reads: name and short key."""
         return f"{self.name}-{self.function.hash[:8]}"
 
+    @property
+    def parameters(self) -> tuple[TensorSpec, ...]:
+        """The parameters in order, named by their place. Raises ValueError where an extent is open."""
+        return tuple(_spec_of(f"p{i}", shape) for i, shape in enumerate(self.shapes))
+
+
+def _spec_of(name: str, shape: str) -> TensorSpec:
+    extents, _, dtype = shape.partition(":")
+    return TensorSpec(name, tuple(map(int, extents.split("x"))) if extents != "scalar" else (), dtype)
+
 
 def symbol_of(digest: str) -> str:
     """The linkage name of the function with this digest."""
@@ -86,8 +100,11 @@ class WeightUse(msgspec.Struct, frozen=True):
     """Where one weight argument of the entry function comes from: a weight of the model, or an output of `pack`."""
 
     spec: TensorSpec
-    source: str  # name of a weight in the model; "" where `pack` makes it
-    packed: int = -1  # index among the outputs of `pack`
+    source: str  # name of a weight in the model; "" where `prepare` makes it
+    packed: int = -1  # index among the results of `prepare`
+    # The one workload that uses it and the index of its parameter, where its layout is free to that workload.
+    user: str = ""
+    param: int = -1
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -102,13 +119,77 @@ class Plan(msgspec.Struct, frozen=True):
     prepares: bool  # whether some weight needs preparation
 
 
-class Decision(msgspec.Struct, frozen=True):
-    """Which strategy's function a workload is compiled from, why, and what else applied."""
+class Packed(msgspec.Struct, frozen=True):
+    """A parameter that a candidate takes in a layout of its own: what lays it out, and what that gives."""
+
+    param: int
+    function: Digest  # of the plain weight and the buffer to fill
+    spec: TensorSpec
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A function that computes what a workload does, as one strategy offers it.
+
+    whole     the function with the workload's parameters
+    function  the same less what lays out weights: what is compiled
+    packed    what lays out weights, each run once when an artifact is packed
+    library   the library that it calls, or ""
+    """
 
     strategy: str
-    reason: str
+    whole: Digest
     function: Digest
-    candidates: tuple[str, ...]
+    packed: tuple[Packed, ...] = ()
+    library: str = ""
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """What became of one candidate.
+
+    seconds  least seconds of a run, None where it was not timed
+    refused  why it was put aside, "" where it was not
+    error    max |y - r| / max |r| over all outputs and seeds, against the default's; None where it was not compared
+    noise    how far its time is to be trusted, relative
+    """
+
+    strategy: str
+    seconds: float | None = None
+    refused: str = ""
+    error: float | None = None
+    noise: float = 0.0
+
+
+class Terms(msgspec.Struct, frozen=True):
+    """How candidates are tried: the seeds of their inputs, the seconds of timing for each (0: they are compared only),
+    and the seconds until one that has not ended is given up."""
+
+    seeds: tuple[int, ...] = (0, 1)
+    seconds: float = 0.1
+    patience: float = 20.0
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Which candidate a workload is compiled from, why, and what became of the others, in the order of choice."""
+
+    candidate: Candidate
+    reason: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def strategy(self) -> str:
+        return self.candidate.strategy
+
+    @property
+    def seconds(self) -> float | None:
+        """The time of the chosen one, where it was measured."""
+        return next((trial.seconds for trial in self.trials if trial.strategy == self.strategy), None)
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """Where the time of one inference goes on one device: least seconds of all, and of each workload by its symbol."""
+
+    seconds: float
+    operators: dict[str, float]
 
 
 class CheckState(enum.StrEnum):
@@ -142,8 +223,17 @@ class Operator(msgspec.Struct, frozen=True):
     calls: int
     implementation: str
     reason: str
-    candidates: tuple[str, ...]
+    candidates: tuple[Trial, ...]
     object: str
+
+
+class LibraryUse(msgspec.Struct, frozen=True):
+    """A library that an artifact calls: its name, version, SPDX licence, and its files in the artifact."""
+
+    name: str
+    version: str
+    licence: str
+    files: tuple[str, ...]
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -161,9 +251,10 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, Digest]
     reference: Reference
     operators: tuple[Operator, ...]
+    libraries: tuple[LibraryUse, ...] = ()
 
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 
 # The files of an artifact.
 MANIFEST = "manifest.json"

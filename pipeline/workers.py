@@ -82,6 +82,10 @@ class Workers:
         assert isinstance(result, ActionEntry), f"a worker answered with a {type(result).__name__}"
         return result
 
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
     def stop(self) -> None:
         """Kills every worker. What they had finished is in the store."""
         with self._changed:

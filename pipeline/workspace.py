@@ -12,7 +12,7 @@ import enum
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +185,15 @@ class Workspace:
 
     def _model_hint(self) -> str:
         return f"models in dodo.py: {', '.join(model.name for model in self.models) or 'none'}"
+
+
+def the_workspace(namespace: Mapping[str, object]) -> Workspace:
+    """The one workspace that dodo.py makes. Raises TvmakeError where there is none, or several."""
+    found = {id(value): value for value in namespace.values() if isinstance(value, Workspace)}
+    if len(found) != 1:
+        many = "no Workspace" if not found else "several Workspaces"
+        raise TvmakeError(f"dodo.py has {many}", hint="write: workspace = Workspace(Model.onnx('name', 'model.onnx'))")
+    return next(iter(found.values()))
 
 
 def jobs() -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline import weightfile
 from pipeline.hashing import Digest
-from pipeline.types import CheckState, Manifest, Reference, TensorSpec
+from pipeline.types import MANIFEST_FORMAT, CheckState, Manifest, Reference, TensorSpec
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 INPUTS = (
@@ -108,7 +108,7 @@ def assemble(parts: Path, folder: Path, *, library: str = "lib.so", inside: bool
 def write_manifest(folder: Path, **changes: object) -> Manifest:
     """A manifest for what is in a folder, with changed fields."""
     manifest = Manifest(
-        format=1,
+        format=MANIFEST_FORMAT,
         model="sample",
         target="here",
         target_spec={"kind": "llvm"},

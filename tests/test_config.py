@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Check, TargetFile, load_target
+from pipeline.compiler.strategies import ORDER
+from pipeline.config import Check, Measure, Operators, TargetFile, load_target
 from pipeline.errors import ConfigError
+
+NAMES = [*ORDER, "onednn"]
 
 
 def write(folder: Path, text: str | bytes) -> Path:
@@ -20,7 +23,7 @@ def write(folder: Path, text: str | bytes) -> Path:
 
 def refused(path: Path) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        load_target(path, ["default"])
+        load_target(path, NAMES)
     assert "targets/cpu.toml" in caught.value.message
     assert str(path) not in str(caught.value)
     return caught.value
@@ -34,23 +37,41 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     text = """
         target = {kind = "llvm", mcpu = "x86-64-v3"}
         models = ["a", "b"]
-        order = ["default"]
-        select = "first"
+        order = ["library", "default"]
+        libraries = ["onednn"]
+        select = "fastest"
+        layout = "as-is"
+        records = ["tuning/cpu"]
         weights = "inside"
         timeout = 60
         [check]
         enabled = false
         tolerance = 1e-2
         seeds = [1, 2]
+        [measure]
+        noise = 0.1
+        seconds = 2
+        patience = 5
+        [[operators]]
+        match = "conv2d*"
+        only = ["library"]
+        [[operators]]
+        match = "softmax*"
+        forbid = ["onednn"]
     """
-    assert load_target(write(tmp_path, text), ["default"]) == TargetFile(
+    assert load_target(write(tmp_path, text), NAMES) == TargetFile(
         target={"kind": "llvm", "mcpu": "x86-64-v3"},
         models=("a", "b"),
-        order=("default",),
-        select="first",
+        order=("library", "default"),
+        libraries=("onednn",),
+        select="fastest",
+        layout="as-is",
+        records=("tuning/cpu",),
         weights="inside",
         timeout=60.0,
         check=Check(enabled=False, tolerance=1e-2, seeds=(1, 2)),
+        measure=Measure(noise=0.1, seconds=2.0, patience=5.0),
+        operators=(Operators("conv2d*", only=("library",)), Operators("softmax*", forbid=("onednn",))),
     )
 
 
@@ -59,20 +80,28 @@ WRONG: dict[str, tuple[str, ...]] = {
     "target": ("3", "true", '["llvm"]'),
     "models": ('"a"', "[1]", "3"),
     "order": ('"default"', "[1]", "[]", '["defualt"]', '["default", "nonesuch"]'),
+    "libraries": ('"onednn"', "[1]", '["onedn"]'),
     "select": ('"last"', "1"),
+    "layout": ('"NCHW4c"', "true"),
+    "records": ('"tuning"', "[1]"),
     "weights": ('"outside"', "true"),
     "timeout": ('"60"', "-1", "0", "nan", "true"),
     "check": ("3", "false"),
     "check.enabled": ('"yes"', "1"),
     "check.tolerance": ('"1e-3"', "-1.0", "nan", "true"),
     "check.seeds": ("3", '["0"]', "[]", "[-1]", "[0.5]"),
+    "measure": ("3",),
+    "measure.noise": ("-0.1", "1.0", "nan", '"3 %"'),
+    "measure.seconds": ("0", "-1", "true"),
+    "measure.patience": ("0", "nan"),
+    "operators": ("3", '["conv2d"]', '[{only = ["default"]}]', '[{match = "a", only = ["nonesuch"]}]'),
 }
 CASES = [(key, value) for key, values in WRONG.items() for value in values]
 
 
 def test_every_key_is_tried() -> None:
     fields = {*TargetFile.__struct_fields__, *(f"check.{name}" for name in Check.__struct_fields__)}
-    assert set(WRONG) == fields
+    assert set(WRONG) == fields | {f"measure.{name}" for name in Measure.__struct_fields__}
 
 
 @pytest.mark.parametrize(("key", "value"), CASES)
@@ -84,7 +113,13 @@ def test_a_wrong_value_is_refused_by_name(tmp_path: Path, key: str, value: str) 
 
 
 @pytest.mark.parametrize(
-    ("key", "allowed"), [("select", ["first"]), ("weights", ["beside", "inside"]), ("order", ["default"])]
+    ("key", "allowed"),
+    [
+        ("select", ["first", "fastest"]),
+        ("layout", ["NHWC", "as-is"]),
+        ("weights", ["beside", "inside"]),
+        ("order", ["default"]),
+    ],
 )
 def test_a_wrong_choice_tells_the_right_ones(tmp_path: Path, key: str, allowed: list[str]) -> None:
     value = '["nonesuch"]' if key == "order" else '"nonesuch"'
@@ -92,11 +127,11 @@ def test_a_wrong_choice_tells_the_right_ones(tmp_path: Path, key: str, allowed: 
     assert all(choice in str(error) for choice in allowed)
 
 
-@pytest.mark.parametrize("line", ["colour = 1", "check.colour = 1"])
+@pytest.mark.parametrize("line", ["colour = 1", "check.colour = 1", "measure.colour = 1"])
 def test_an_unknown_key_is_refused_and_the_known_are_told(tmp_path: Path, line: str) -> None:
     error = refused(write(tmp_path, f'target = "native"\n{line}\n'))
     assert "colour" in error.message
-    known = TargetFile.__struct_fields__ if line.startswith("colour") else Check.__struct_fields__
+    known = {"check": Check, "measure": Measure}.get(line.partition(".")[0], TargetFile).__struct_fields__
     assert all(name in error.hint for name in known)
 
 

@@ -314,10 +314,10 @@ def test_everything_that_is_declared_is_in_the_declaration() -> None:
         "high": 7,
     }
     assert set(changes) == set(Model.__dataclass_fields__)
-    said = [declaration(model(), "cpu"), declaration(model(), "gpu")]
-    said += [declaration(model(**{name: value}), "cpu") for name, value in changes.items()]
+    said = [declaration(model(), "cpu", ""), declaration(model(), "gpu", ""), declaration(model(), "cpu", "library 2")]
+    said += [declaration(model(**{name: value}), "cpu", "") for name, value in changes.items()]
     assert len(set(said)) == len(said)
-    assert declaration(model(), "cpu") == said[0]
+    assert declaration(model(), "cpu", "") == said[0]
 
 
 # Files of the user's

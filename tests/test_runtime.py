@@ -374,8 +374,8 @@ def test_what_is_no_artifact(tmp_path: Path) -> None:
         ("", "manifest.json is broken"),
         ("[]", "manifest.json is broken"),
         ("{}", "manifest.json is broken"),
-        ('{"format": 1}', "manifest.json is broken"),
-        ('{"format": 7, "new": 1}', "manifest.json has format 7, this version of tvmake reads format 1"),
+        ('{"format": 2}', "manifest.json is broken"),
+        ('{"format": 7, "new": 1}', "manifest.json has format 7, this version of tvmake reads format 2"),
     ],
 )
 def test_a_manifest_of_another_kind(folder: Path, text: str, words: str) -> None:

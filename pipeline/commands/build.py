@@ -20,9 +20,11 @@ from doit.runner import MThreadRunner
 from doit.task import Stream
 
 from pipeline.errors import TvmakeError
-from pipeline.workspace import Part, Selection, Workspace, jobs, selecting
+from pipeline.workspace import Part, Selection, Workspace, jobs, selecting, the_workspace
 
 OK, FAILED, ERROR, INTERRUPTED = 0, 1, 2, 130
+
+_ROWS = 12  # of a model's table; the rest is summed up, and `doit report` shows all
 
 opt_target = {
     "name": "targets",
@@ -99,10 +101,10 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
             raise
 
     def _execute(self, jobs: int, dump: str) -> int:  # type: ignore[override]
-        workspace = self._workspace()
+        workspace = the_workspace(self.loader.namespace)
         if not workspace.pairs(self._selection):
             raise TvmakeError("there is no model to build", hint="write: Workspace(Model.onnx('name', 'model.onnx'))")
-        session = _Session(self, workspace, jobs)
+        session = _Session(self, workspace, self._selection, jobs)
         try:
             session.run(self.task_list)
             with selecting(Selection(Part.BACK, self._selection.models, self._selection.targets)):
@@ -113,7 +115,8 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
         finally:
             workspace.stop()
             self.dep_manager.close()
-        session.sum_up(self._selection)
+        session.report()
+        session.sum_up()
         return session.code
 
     def save(self) -> None:
@@ -123,15 +126,6 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
         self.dep_manager = Globals.dep_manager = Dependency(
             done.db_class, done.backend.name, type(done.checker), type(done.backend.codec)
         )
-
-    def _workspace(self) -> Workspace:
-        found = [value for value in self.loader.namespace.values() if isinstance(value, Workspace)]
-        if len({id(value) for value in found}) != 1:
-            many = "no Workspace" if not found else "several Workspaces"
-            raise TvmakeError(
-                f"dodo.py has {many}", hint="write: workspace = Workspace(Model.onnx('name', 'model.onnx'))"
-            )
-        return found[0]
 
     def _dump(self, workspace: Workspace, folder: Path) -> None:
         for target, model in workspace.pairs(self._selection):
@@ -145,11 +139,12 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
 class _Session:
     """One run of the command: rounds of doit tasks, in threads that wait for worker processes."""
 
-    def __init__(self, command: Build, workspace: Workspace, wanted: int) -> None:
+    def __init__(self, command: Build, workspace: Workspace, selection: Selection, wanted: int) -> None:
         from pipeline.progress import Progress
 
         self.command = command
         self.workspace = workspace
+        self.selection = selection
         self.progress = Progress()
         self.failures: list[str] = []
         self.begun: set[str] = set()  # names of the tasks that there were
@@ -177,9 +172,28 @@ class _Session:
             runner.teardown()
             self.command.save()
 
-    def sum_up(self, selection: Selection) -> None:
+    def report(self) -> None:
+        """What each model that was built now runs on, and what could not be used for it."""
+        build = self.workspace.build if self.workspace.has_built else None
+        pairs = self.workspace.pairs(self.selection) if build is not None else []
+        built = [pair for pair in pairs if build is not None and build.is_published(*pair)]
+        if build is None or not built:
+            return
+        from pipeline.report import report, table
+        from pipeline.runtime import read_manifest
+
+        made = [report(read_manifest(self.workspace.artifact(*pair)), build.profile(*pair)) for pair in built]
+        if len(made) == 1:
+            self.progress.show(table(made[0], _ROWS))
+        for target in dict.fromkeys(target for target, _ in built):
+            for problem in build.problems(target, [m for t, m in built if t == target]):
+                self.progress.say(f"WARNING {target}: {problem}")
+        for each in made:
+            self.progress.say(each.line())
+
+    def sum_up(self) -> None:
         """The last line."""
-        pairs = self.workspace.pairs(selection)
+        pairs = self.workspace.pairs(self.selection)
         count = _counted(len(pairs), "artifact")
         if self.workspace.has_built:
             missing = [pair for pair in pairs if f"extract:{pair[0]}:{pair[1].name}" in self.begun]

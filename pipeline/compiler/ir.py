@@ -82,6 +82,17 @@ def shapes(func: tirx.PrimFunc) -> tuple[str, ...]:
     return tuple(f"{'x'.join(map(_extent, ty.shape)) or 'scalar'}:{ty.dtype}" for ty in types)
 
 
+def written(func: tirx.PrimFunc) -> tuple[int, ...]:
+    """The indices of the parameters that a function stores to."""
+    stored = []
+
+    def visit(store: tirx.BufferStore) -> None:
+        stored.append(store.buffer)
+
+    tvm_ffi.structural_walk(func.body, (tirx.BufferStore, visit), order="post")
+    return tuple(i for i, param in enumerate(func.params) if any(buffer.same_as(param) for buffer in stored))
+
+
 def _extent(extent: Any) -> str:
     return str(int(extent)) if isinstance(extent, tirx.IntImm) else "?"
 

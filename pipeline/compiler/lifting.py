@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
+from pipeline.compiler.rewriting import INPUTS
+
 
 @dataclass(frozen=True)
 class Parted:
@@ -145,7 +147,7 @@ def modules(
 ) -> tuple[tvm.IRModule, tvm.IRModule | None, Parted]:
     """A module parted into one for inference and one for preparation, which share its PrimFuncs."""
     others = {gvar: func for gvar, func in mod.functions_items() if gvar.name_hint != entry}
-    parted = part(mod[entry], inputs)
+    parted = part(mod[entry].without_attr(INPUTS), inputs)
     main = _normal(tvm.IRModule({**others, entry: parted.main}, attrs=mod.attrs))
     if parted.prepare is None:
         return main, None, parted

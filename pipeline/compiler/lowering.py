@@ -20,7 +20,11 @@ from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 from tvm.relax.vm_build import _ffi_api as vm_api
 from tvm.relax.vm_build import _vmcodegen
 
-from pipeline.compiler import ir, lifting, objects, passes, targets
+from pipeline.compiler import ir, lifting, objects, passes, prepack, rewriting, targets
+from pipeline.compiler.folding import fold_scales
+from pipeline.compiler.layout import channels_last
+from pipeline.compiler.preparing import share_extents
+from pipeline.compiler.simplify import simplify
 from pipeline.errors import ModelError
 from pipeline.hashing import Digest
 from pipeline.types import TensorSpec, symbol_of
@@ -29,12 +33,17 @@ from pipeline.weightfile import dtype_of
 ENTRY = "main"
 PREPARE = "prepare"
 
+Phase = Callable[[tvm.IRModule], tvm.IRModule]  # a pass of TVM's, or a function
+
 # 1. Rewrites while operators are still whole.
 CANONICALISE = (
     passes.fold_batch_norm,
     transform.DecomposeOpsForInference(),
-    transform.DeadCodeElimination(),
+    simplify,
+    fold_scales,
 )
+# How activations and the weights of convolutions lie in memory, by what `lower` is told.
+LAYOUTS: Mapping[str, tuple[Phase, ...]] = {"NHWC": (channels_last,), "as-is": ()}
 # 2. What depends on weights alone leaves the entry function: see pipeline.compiler.lifting.
 # 3. Operators become functions, each distinct call once.
 LEGALISE = (
@@ -62,6 +71,7 @@ class Function:
     shapes: tuple[str, ...]
     calls: int  # per inference
     prepares: bool  # whether the preparation of weights calls it
+    written: tuple[int, ...]  # indices of the parameters that it writes
 
 
 Functions = dict[str, Function]  # by digest, in the order of the first call
@@ -72,21 +82,21 @@ class Lowered:
     """What lowering makes of a module.
 
     weights  for each weight argument of inference: its spec; its name in the model, or "" and its index among what the
-             preparation makes
+             preparation makes; the digest of the one function that it is for and the index of its parameter there, or
+             "" and -1 where it has other uses
     packing  names of the weights that the preparation takes
     main     the object with inference's bytecode; prepare the preparation's, empty where there is nothing to prepare
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    weights: tuple[tuple[TensorSpec, str, int], ...]
+    weights: tuple[tuple[TensorSpec, str, int, str, int], ...]
     packing: tuple[str, ...]
     main: bytes
     prepare: bytes
     functions: Functions
 
 
-Phase = Callable[[tvm.IRModule], tvm.IRModule]  # a pass of TVM's, or a function
 Watch = Callable[[str, tvm.IRModule], None]
 
 
@@ -100,29 +110,32 @@ def lower(
     outputs: Sequence[str],
     attributes: Mapping[str, object],
     watch: Watch = _unwatched,
+    layout: str = "NHWC",
 ) -> Lowered:
     """Lowers a module whose entry function `main` takes the inputs and then the named weights, in order.
 
-    `outputs` names what the entry function returns; `watch` is shown the module after each step.
+    `outputs` names what the entry function returns; `watch` is shown the module after each step. `layout` is one of
+    LAYOUTS: "NHWC" has convolutions computed channels-last, "as-is" leaves tensors as the model has them.
     Raises ModelError for an operator that TVM cannot lower or a shape that is still open.
     """
     target = targets.load(attributes)
     count = len(mod[ENTRY].params) - len(weights)
     inputs = tuple(_spec(var.name, var.ty, "input") for var in mod[ENTRY].params[:count])
     watch("imported", mod)
-    mod = _apply(CANONICALISE, mod, target)
+    mod = rewriting.with_inputs(mod, ENTRY, count)
+    mod = _apply((*CANONICALISE, *LAYOUTS[layout]), mod, target)
     watch("canonical", mod)
     returned = _returned(mod, outputs)
     main, prepare, parted = lifting.modules(mod, ENTRY, PREPARE, count)
-    bytecode, functions = _finish(main, ENTRY, target, attributes, watch)
+    bytecode, functions, users = _finish(main, ENTRY, count, target, attributes, watch)
     preparation: bytes = b""
     if prepare:
-        preparation, preparing = _finish(prepare, PREPARE, target, attributes, watch)
+        preparation, preparing, _ = _finish(prepare, PREPARE, 0, target, attributes, watch)
         functions |= {digest: _also_prepares(functions.get(digest), each) for digest, each in preparing.items()}
     return Lowered(
         inputs,
         returned,
-        tuple(_uses(parted.main, count, parted, weights)),
+        tuple((*use, *users.get(i, ("", -1))) for i, use in enumerate(_uses(parted.main, count, parted, weights))),
         tuple(weights[i] for i in parted.taken),
         bytecode,
         preparation,
@@ -155,42 +168,76 @@ def _uses(
 
 
 def _finish(
-    mod: tvm.IRModule, entry: str, target: tvm.target.Target, attributes: Mapping[str, object], watch: Watch
-) -> tuple[bytes, Functions]:
-    """Legalises, fuses and finalises one module. Returns its bytecode as an object, and the functions that it calls."""
+    mod: tvm.IRModule,
+    entry: str,
+    inputs: int,
+    target: tvm.target.Target,
+    attributes: Mapping[str, object],
+    watch: Watch,
+) -> tuple[bytes, Functions, dict[int, tuple[str, int]]]:
+    """Legalises, fuses and finalises one module, whose entry function takes `inputs` inputs and then weights.
+
+    Returns its bytecode as an object; the functions that it calls; and for each weight that one function alone takes, and
+    may take in another layout, that function's digest and the index of its parameter.
+    """
     watch(f"{entry}_lifted", mod)
+    skipped: frozenset[str] = frozenset()
+    if entry == PREPARE:
+        mod = _apply((share_extents,), mod, target)
+        skipped = _needless(mod)
     mod = _apply(LEGALISE, mod, target)
     watch(f"{entry}_legalised", mod)
     _require_legal(mod)
     if entry == ENTRY:
         mod = _apply(FUSE, mod, target)
         watch(f"{entry}_fused", mod)
+    places: dict[int, prepack.Place] = {}
+    if entry == ENTRY:
+        mod, places = prepack.mark_layout_free(mod, entry, inputs)
     # 5. TVM's own last steps for a CPU: memory is planned, and calls become the virtual machine's.
     last = [*cpu_generic.dataflow_lower_passes(target), *cpu_generic.finalize_passes(target)]
-    if entry == PREPARE:
-        last = [phase for phase in last if phase.info.name != "StaticPlanBlockMemory"]
-    mod = _apply(last, mod, target)
+    last = [phase for phase in last if phase.info.name not in skipped]
+    checks = next(i for i, phase in enumerate(last) if phase.info.name == "VMShapeLower")
+    mod = _apply(last[:checks], mod, target)
     watch(f"{entry}_final", mod)
 
     functions: Functions = {}
     symbols = {}
+    digests: dict[str, str] = {}
     for gvar, times in _calls(mod).items():
         canonical = ir.canonical(mod[gvar])
-        digest = Digest.of(canonical).hash
+        digests[gvar.name_hint] = digest = Digest.of(canonical).hash
         symbols[gvar] = symbol_of(digest)
         known = functions.get(digest)
         functions[digest] = (
             replace(known, calls=known.calls + times) if known else _described(gvar, mod[gvar], canonical, times)
         )
+    # From here on functions are called by name, and a weight may look as its function wants it.
+    mod = passes.call_by_symbol(mod, symbols)
+    if places:
+        mod = prepack.weight_types(mod, entry, inputs)
     builder = relax.ExecBuilder()
-    _vmcodegen(builder, passes.call_by_symbol(mod, symbols))
+    _vmcodegen(builder, _apply(last[checks:], mod, target))
     executable = vm_api.VMLink(builder, target, None, [], {})
-    return objects.pack_bytecode(executable, attributes), functions
+    users = {i: (digests[gvar.name_hint], param) for i, (gvar, param) in places.items()}
+    return objects.pack_bytecode(executable, attributes), functions, users
+
+
+def _needless(mod: tvm.IRModule) -> frozenset[str]:
+    """TVM's last passes that the preparation of weights goes without: all of them are slow on a thousand calls.
+
+    Its memory is not planned, as it runs once; reshapes are not looked for where there are none.
+    """
+    shaping = {"reshape", "expand_dims", "squeeze", "flatten"}
+    reshapes = any(rewriting.operator(call) in shaping for call in passes.all_calls(mod))
+    return frozenset({"StaticPlanBlockMemory"} if reshapes else {"StaticPlanBlockMemory", "RewriteDataflowReshape"})
 
 
 def _described(gvar: tvm.ir.GlobalVar, func: tvm.tirx.PrimFunc, canonical: bytes, calls: int) -> Function:
     name = readable_name(gvar.name_hint)
-    return Function(name, canonical, ir.structural_hash(func), ir.shapes(func), calls, prepares=False)
+    return Function(
+        name, canonical, ir.structural_hash(func), ir.shapes(func), calls, prepares=False, written=ir.written(func)
+    )
 
 
 def _calls(mod: tvm.IRModule) -> dict[tvm.ir.GlobalVar, int]:

@@ -18,11 +18,11 @@ def fold_batch_norm(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> t
     """Writes the batch normalisation of inference as one multiplication and one addition.
 
         R.nn.batch_norm(x, gamma, beta, mean, var, axis=1, epsilon=e)[0]
-        →  x * scale + shift,  (scale, shift) = call_tir(fold_batch_norm, gamma, beta, mean, var)
-           scale = gamma / sqrt(var + e),  shift = beta - mean * scale, shaped to broadcast along the axis
+        →  x * reshape(scale) + reshape(shift),  (scale, shift) = call_tir(fold_batch_norm, gamma, beta, mean, var)
+           scale = gamma / sqrt(var + e),  shift = beta - mean * scale, reshaped to broadcast along the axis
 
-    Scale and shift depend on weights alone, so that lifting moves them out of inference, and one preparing function
-    for each number of channels takes the place of a chain of ten small operators.
+    Scale and shift depend on weights alone, so that lifting moves them out of inference, and one preparing function,
+    for any number of channels, takes the place of a chain of ten small operators.
     """
     rewriter = _BatchNormFolder(mod)
     for gvar, func in mod.functions_items():
@@ -47,34 +47,36 @@ class _BatchNormFolder(PyExprMutator):
         if rank < 0 or any(arg.ty.dtype != dtype for arg in (gamma, beta, mean, var)):
             return call
         axis = int(call.attrs.axis) % rank
-        channels = gamma.ty.shape.values[0]
-        shape = [channels if i == axis else tvm.tirx.IntImm("int64", 1) for i in range(rank)]
         center, scaled, epsilon = bool(call.attrs.center), bool(call.attrs.scale), float(call.attrs.epsilon)
+        n = tvm.tirx.Var("n", "int64")
 
         def fold(gamma: te.Tensor, beta: te.Tensor, mean: te.Tensor, var: te.Tensor) -> list[te.Tensor]:
-            def scale_at(*i: tvm.tirx.Var) -> tvm.tirx.PrimExpr:
-                inverse = tvm.tirx.const(1, dtype) / tvm.tirx.sqrt(var[i[axis]] + tvm.tirx.const(epsilon, dtype))
-                return gamma[i[axis]] * inverse if scaled else inverse
+            def scale_at(i: tvm.tirx.Var) -> tvm.tirx.PrimExpr:
+                inverse = tvm.tirx.const(1, dtype) / tvm.tirx.sqrt(var[i] + tvm.tirx.const(epsilon, dtype))
+                return gamma[i] * inverse if scaled else inverse
 
-            scale = te.compute(shape, scale_at, name="scale")
+            scale = te.compute([n], scale_at, name="scale")
             shift = te.compute(
-                shape,
-                lambda *i: (beta[i[axis]] if center else tvm.tirx.const(0, dtype)) - mean[i[axis]] * scale(*i),
+                [n],
+                lambda i: (beta[i] if center else tvm.tirx.const(0, dtype)) - mean[i] * scale(i),
                 name="shift",
             )
             return [scale, shift]
 
-        # One function for each number of channels.
-        known = (str(channels), rank, axis, dtype, center, scaled, epsilon)
+        # One function for any number of channels.
+        known = (str(dtype), center, scaled, epsilon)
         if known not in self._made:
-            self._made[known] = self.builder_.call_te(
-                fold, gamma, beta, mean, var, primfunc_name_hint="fold_batch_norm"
-            )
+            stats = [relax.Var(name, relax.TensorType([n], dtype)) for name in ("gamma", "beta", "mean", "var")]
+            self._made[known] = self.builder_.call_te(fold, *stats, primfunc_name_hint="fold_batch_norm")
         made = self._made[known]
-        call = relax.Call(made.op, [made.args[0], relax.Tuple([gamma, beta, mean, var])], None, made.ty_args)
+        result = [relax.TupleType([gamma.ty, gamma.ty])]
+        call = relax.Call(made.op, [made.args[0], relax.Tuple([gamma, beta, mean, var])], None, result)
+        shape = [gamma.ty.shape.values[0], *(1 for _ in range(axis + 1, rank))]
         folded = self.builder_.emit(call)
-        scale = self.builder_.emit(relax.TupleGetItem(folded, 0))
-        shift = self.builder_.emit(relax.TupleGetItem(folded, 1))
+        scale, shift = (
+            self.builder_.emit(relax.op.reshape(self.builder_.emit(relax.TupleGetItem(folded, i)), shape))
+            for i in range(2)
+        )
         y = self.builder_.emit(relax.op.add(self.builder_.emit(relax.op.multiply(x, scale)), shift))
         return relax.Tuple([y, mean, var])
 
@@ -158,7 +160,9 @@ def detach_constants(mod: tvm.IRModule, entry: str, prefix: str) -> tuple[tvm.IR
         R.multiply(x, R.const([...]))  →  def main(x, constant_0): R.multiply(x, constant_0)
 
     Scalars stay, since legalisation writes them into the code, and so do small constants of integers, since operators
-    read shapes and axes from them. Equal constants become one parameter. Returns the module and the arrays by name.
+    read shapes and axes from them, and single whole numbers of any type, such as the 3 and the 6 of a hard swish: such
+    a number is written, not trained, and code that knows it is better. Equal constants become one parameter. Returns
+    the module and the arrays by name.
     """
     func = mod[entry]
     found: dict[bytes, tuple[relax.Var, np.ndarray]] = {}
@@ -181,8 +185,8 @@ def detach_constants(mod: tvm.IRModule, entry: str, prefix: str) -> tuple[tvm.IR
 
 def _is_trained(constant: GenericConst) -> bool:
     shape, dtype = constant.value.shape, str(constant.value.dtype)
-    if len(shape) == 0:
-        return False
+    if int(np.prod(shape)) == 1:
+        return len(shape) > 0 and not float(constant.value.numpy().reshape(())).is_integer()
     return dtype.startswith(_FLOATS) or int(np.prod(shape)) > _SMALL
 
 

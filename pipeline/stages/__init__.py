@@ -3,12 +3,16 @@
     resolve   target as written            → target as TVM understands it, for this machine where it says `native`
     read      model as declared            → skeleton without weights, and weights
     extract   skeleton, target             → plan, bytecode objects, n unique workloads
+    bindings  a file of manual/            → the workloads that its functions are for
+    records   a database, workloads        → the tuning records of each
+    shim      a library's C++              → the object that calls the library
     apply     workload, strategy, target   → a candidate function, or not applicable
-    dispatch  candidates                   → the one to compile, and why
     codegen   function, target             → one object
+    measure   compiled candidates          → which are right, and how fast
     pack      preparation, weights         → weights as the entry function wants them
     link      objects                      → one shared library
     check     library, weights, model      → how far the outputs are from a reference's
+    profile   library, weights             → where the time of an inference goes
     dump      skeleton, candidates         → the IR after each step, to look at
 
 A stage knows nothing of doit, of caches or of where its blobs lie. Its module has one function `run(inputs, options)`
@@ -91,6 +95,7 @@ class Stage:
     kind: Kind
     home: Home
     tools: tuple[str, ...] = ()
+    alone: bool = False  # whether it times something, so that nothing else of the build may run meanwhile
 
     def load(self) -> Run:
         run: Run = importlib.import_module(f"pipeline.stages.{self.name}").run
@@ -101,13 +106,20 @@ _TVM = ("tvm", "tvm-ffi", "libtvm")
 
 RESOLVE = Stage("resolve", 1, Kind.BINARY, Home.COMPILER, (*_TVM, "host"))
 READ = Stage("read", 1, Kind.SOURCE, Home.COMPILER)
-EXTRACT = Stage("extract", 1, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "onnxsim", "torch"))
-APPLY = Stage("apply", 1, Kind.BINARY, Home.COMPILER, _TVM)
-DISPATCH = Stage("dispatch", 1, Kind.DECISION, Home.INLINE)
-CODEGEN = Stage("codegen", 1, Kind.BINARY, Home.COMPILER, _TVM)
-PACK = Stage("pack", 1, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
-LINK = Stage("link", 1, Kind.BINARY, Home.INLINE, ("cc",))
-CHECK = Stage("check", 1, Kind.BINARY, Home.FRESH, (*_TVM, "host", "onnx", "onnxruntime", "torch"))
+EXTRACT = Stage("extract", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "onnxsim", "torch"))
+BINDINGS = Stage("bindings", 1, Kind.BINARY, Home.COMPILER, _TVM)
+RECORDS = Stage("records", 1, Kind.BINARY, Home.COMPILER, _TVM)
+SHIM = Stage("shim", 1, Kind.BINARY, Home.FRESH, ("cc",))
+APPLY = Stage("apply", 2, Kind.BINARY, Home.COMPILER, _TVM)
+CODEGEN = Stage("codegen", 2, Kind.BINARY, Home.COMPILER, _TVM)
+MEASURE = Stage("measure", 1, Kind.DECISION, Home.FRESH, alone=True)
+PACK = Stage("pack", 2, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
+LINK = Stage("link", 2, Kind.BINARY, Home.INLINE, ("cc",))
+CHECK = Stage("check", 2, Kind.BINARY, Home.FRESH, (*_TVM, "host", "onnx", "onnxruntime", "torch"))
+PROFILE = Stage("profile", 1, Kind.DECISION, Home.FRESH, alone=True)
 DUMP = Stage("dump", 1, Kind.BINARY, Home.COMPILER, EXTRACT.tools)
 
-STAGES = (RESOLVE, READ, EXTRACT, APPLY, DISPATCH, CODEGEN, PACK, LINK, CHECK, DUMP)
+STAGES = (
+    *(RESOLVE, READ, EXTRACT, BINDINGS, RECORDS, SHIM, APPLY, CODEGEN, MEASURE),
+    *(PACK, LINK, CHECK, PROFILE, DUMP),
+)

@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
-from pipeline.compiler import ir, strategies, targets
+import msgspec
+
+from pipeline.compiler import ir, libraries, prepack, strategies, targets
+from pipeline.compiler.libraries import Library, Shim
+from pipeline.compiler.records import Group
+from pipeline.compiler.strategies import Strategy
+from pipeline.compiler.strategies.library import Dispatch
+from pipeline.compiler.strategies.manual import Manual, replacements
+from pipeline.compiler.strategies.tuned import Tuned
+from pipeline.hashing import Digest
+from pipeline.sources import module_of, object_of
 from pipeline.stages import Inputs, Options, Outputs
+from pipeline.stages.shim import driver, installed_of, library_of
+from pipeline.types import Packed, TensorSpec
 
 
 def run(inputs: Inputs, options: Options) -> Outputs:
-    """Inputs: function. Options: strategy, its version, target. Outputs: function, absent where it does not apply."""
-    strategy = strategies.by_name(cast(str, options["strategy"]))
+    """Inputs: function; source, shim, records0, … as the strategy needs. Options: strategy, its version, target.
+
+    Outputs, none where it does not apply: whole; function, which is whole less what lays out weights; packed, JSON; and
+    p0, p1, …, what lays them out.
+    """
     target = targets.load(cast("dict[str, object]", options["target"]))
-    scheduled = strategy.apply(ir.load(inputs["function"]), target)
-    return {} if scheduled is None else {"function": ir.canonical(scheduled)}
+    scheduled = strategy_of(inputs, options).apply(ir.load(inputs["function"]), target)
+    if scheduled is None:
+        return {}
+    rest, packings = prepack.split(scheduled)
+    outputs = {"whole": ir.canonical(scheduled), "function": ir.canonical(rest)}
+    packed = []
+    for i, packing in enumerate(packings):
+        outputs[f"p{i}"] = function = ir.canonical(packing.function)
+        packed.append(Packed(packing.param, Digest.of(function), _spec(f"p{packing.param}", packing.function)))
+    return {**outputs, "packed": msgspec.json.encode(packed)}
+
+
+def _spec(name: str, packing: object) -> TensorSpec:
+    """What a packing function fills: its last parameter."""
+    ty = packing.params[-1].ty  # type: ignore[attr-defined]
+    return TensorSpec(name, tuple(int(extent) for extent in ty.shape), str(ty.dtype))
+
+
+@functools.cache
+def _loaded(library: Library, compiled: bytes) -> Shim:
+    return libraries.load_shim(library, compiled, installed_of(library), driver())
+
+
+def strategy_of(inputs: Inputs, options: Options) -> Strategy:
+    """The strategy that the options name, made of what the inputs hold for it.
+
+        default, rules      nothing more
+        manual              source, a file of the workspace's manual/; option function
+        tuned               records0, records1, …
+        a library           shim, compiled; source, where the workspace has it; option library
+        any other           source, a file of the workspace's strategies/
+
+    Raises ConfigError for a file of the workspace that cannot be used, and for a library that is not installed.
+    """
+    name = cast(str, options["strategy"])
+    source = inputs.get("source")
+    if "library" in options:
+        library = library_of(name, source)
+        return Dispatch(library, _loaded(library, inputs["shim"]))
+    if name == "tuned":
+        return Tuned(Group.from_bytes(inputs[each]) for each in sorted(inputs) if each.startswith("records"))
+    if source is None:
+        return strategies.by_name(name)
+    if name == "manual":
+        bound = replacements(module_of(source, "manual"))
+        return Manual(next(each for each in bound if each.name == options["function"]))
+    return cast("Strategy", object_of(source, f"strategies/{name}.py", "strategy"))

@@ -12,7 +12,7 @@ import msgspec
 
 from pipeline import references
 from pipeline.references import Implementation
-from pipeline.runtime import Model, assembled
+from pipeline.runtime import Model, assembled, preload
 from pipeline.samples import seeded_inputs
 from pipeline.stages import Inputs, Options, Outputs
 from pipeline.stages.pack import mapped
@@ -32,11 +32,13 @@ _BOUNDS = (256, 16, 2, 1)
 
 
 def run(inputs: Inputs, options: Options) -> Outputs:
-    """Inputs: library; a0, a1, … its weight arguments; skeleton; w0, w1, … the model's weights; case0, ….
+    """Inputs: library; a0, a1, … its weight arguments; l0, l1, … the shared libraries that it needs; skeleton;
+    w0, w1, … the model's weights; case0, ….
 
-    Options: kind; specs of inputs, outputs, arguments and weights; tolerance; seeds; high. Outputs: reference, JSON.
+    Options: kind; specs of inputs, outputs, arguments and weights; libraries; tolerance; seeds; high.
+    Outputs: reference, JSON.
     """
-    model = _model(inputs, options)
+    model = loaded(inputs, options)
     kind = ModelKind(cast(str, options["kind"]))
     outcome = _Outcome(model, cast(float, options["tolerance"]), NO_REFERENCE[kind])
     for name in sorted(name for name in inputs if name.startswith("case")):
@@ -89,7 +91,8 @@ class _Outcome:
         )
 
 
-def _model(inputs: Inputs, options: Options) -> Model:
+def loaded(inputs: Inputs, options: Options) -> Model:
+    """The model that a library and its weights are, before they are an artifact."""
     arguments = _specs(options, "arguments")
     draft = Manifest(
         format=MANIFEST_FORMAT,
@@ -106,6 +109,7 @@ def _model(inputs: Inputs, options: Options) -> Model:
         operators=(),
     )
     weights = [mapped(inputs.file(f"a{i}"), list(spec.shape), spec.dtype) for i, spec in enumerate(arguments)]
+    preload(inputs.file(f"l{i}") for i, _ in enumerate(cast("list[str]", options["libraries"])))
     return assembled(draft, inputs.file("library"), weights)
 
 

@@ -17,7 +17,7 @@ from pipeline.types import ModelKind, Plan, TensorSpec, Weight, WeightUse, Workl
 
 
 def run(inputs: Inputs, options: Options) -> Outputs:
-    """Inputs: skeleton. Options: kind; weights, names in order; target, its attributes.
+    """Inputs: skeleton. Options: kind; weights, names in order; target, its attributes; layout, one of lowering's.
 
     Outputs: plan; main, and prepare where weights need preparation; f<digest> for each workload; c0, c1, … for the
     constants that lowering made.
@@ -41,6 +41,7 @@ def run(inputs: Inputs, options: Options) -> Outputs:
                 function.shapes,
                 function.calls,
                 function.prepares,
+                function.written,
             )
         )
     plan = Plan(
@@ -70,4 +71,5 @@ def lower_skeleton(skeleton: bytes, options: Options, **watch: Watch) -> tuple[L
 
         mod, returned = relax.load(skeleton)
     attributes = cast("dict[str, object]", options["target"])
-    return lower(mod, [*weights, *constants], returned, attributes, **watch), constants
+    layout = cast(str, options.get("layout", "NHWC"))
+    return lower(mod, [*weights, *constants], returned, attributes, layout=layout, **watch), constants

@@ -61,7 +61,9 @@ def test_lowering_is_the_same_every_time_and_blind_to_the_weights_names() -> Non
 
 def test_another_shape_is_another_workload() -> None:
     one, two = lower(*mlp(1, 8), ["y"], TARGET), lower(*mlp(1, 16), ["y"], TARGET)
-    assert not set(one.functions) & set(two.functions)
+    shared = set(one.functions) & set(two.functions)
+    assert [one.functions[digest].name for digest in shared] == ["transpose"]  # what prepares weights takes any extents
+    assert not any(one.functions[digest].calls for digest in shared)
 
 
 def test_an_open_shape_is_refused_by_name() -> None:
@@ -75,6 +77,25 @@ def test_an_open_shape_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="image") as refused:
         lower(builder.get(), [], ["y"], TARGET)
     assert "shapes=" in str(refused.value)
+
+
+def test_a_layout_is_as_it_is_asked_for() -> None:
+    builder = relax.BlockBuilder()
+    x, w = (
+        relax.Var("x", relax.TensorType((1, 3, 8, 8), "float32")),
+        relax.Var("w", relax.TensorType((4, 3, 3, 3), "float32")),
+    )
+    with builder.function("main", [x, w]):
+        with builder.dataflow():
+            y = builder.emit_output(relax.op.nn.conv2d(x, w))
+        builder.emit_func_output(y)
+
+    def names(layout: str) -> dict[str, bool]:
+        functions = lower(builder.get(), ["w"], ["y"], TARGET, layout=layout).functions.values()
+        return {function.name: function.prepares for function in functions}
+
+    assert names("as-is") == {"conv2d": False}
+    assert set(names("NHWC")) == {"transpose", "conv2d"}
 
 
 def test_each_step_can_be_watched() -> None:

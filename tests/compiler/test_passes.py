@@ -50,7 +50,7 @@ def test_batch_normalisation_keeps_its_value(shape: tuple[int, ...], axis: int, 
 
 def test_one_multiplication_and_one_addition_depend_on_the_input() -> None:
     folded = relax.transform.DeadCodeElimination()(passes.fold_batch_norm(batch_norm((1, 3, 4, 4), 1)))
-    assert operators(folded) == ["relax.call_tir", "relax.multiply", "relax.add"]
+    assert operators(folded) == ["relax.call_tir", "relax.reshape", "relax.reshape", "relax.multiply", "relax.add"]
 
 
 def test_layers_of_equal_width_share_one_preparing_function() -> None:
@@ -108,6 +108,13 @@ def test_constants_of_other_shape_or_type_with_the_same_bytes_are_told_apart() -
     zeros = [np.zeros((4,), "float32"), np.zeros((1, 4), "float32")]
     _, arrays = passes.detach_constants(with_constants(*zeros), "main", "c")
     assert len(arrays) == 2
+
+
+def test_a_single_whole_number_is_written_not_trained() -> None:
+    three, half = np.full((1,), 3, "float32"), np.full((1,), 0.5, "float32")
+    mod, arrays = passes.detach_constants(with_constants(three, half), "main", "c")
+    assert [float(array[0]) for array in arrays.values()] == [0.5]
+    np.testing.assert_allclose(run(mod, np.ones(4, "float32"), half)[0], np.full(4, 4.5))
 
 
 def test_nothing_to_detach_leaves_the_module_as_it_is() -> None:

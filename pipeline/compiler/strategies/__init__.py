@@ -1,15 +1,28 @@
 """K0 passes: each offers a scheduled function for a workload, or says that it does not apply.
 
-To add one, write a file with a class that has these members and name it in STRATEGIES, whose order is the order of
-choice where a target's file gives none. The version enters the key: raise it when the same workload would get another
-function. Import TVM inside `apply`: names and versions are read where TVM is not loaded.
+    manual    functions and schedules that users keep in their workspace, each for one workload
+    library   a function of a library: pipeline.compiler.libraries
+    tuned     the best record of a set of tuning records
+    rules     schedule rules by shape and target: pipeline.compiler.rules
+    default   loops in their natural order; always applies
+
+To add one, write a file with a class that has a strategy's members and name it in STRATEGIES, whose order is the order
+of choice where a target's file gives none. In a workspace, write strategies/<name>.py with an object `strategy`. The
+version enters the key: raise it when the same workload would get another function. Import TVM inside `apply`: names and
+versions are read where TVM is not loaded.
+
+Each is an ordinary pass of TVM's as well, IRModule → IRModule, and they compose:
+
+    with target:
+        mod = tvm.transform.Sequential([as_pass(Rules()), as_pass(Default())])(mod)
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.compiler.strategies.default import Default
+from pipeline.compiler.strategies.rules import Rules
 
 if TYPE_CHECKING:
     import tvm
@@ -22,12 +35,49 @@ class Strategy(Protocol):
     version: int
 
     def apply(self, func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
-        """The function scheduled, with the same parameters and the same meaning; None where it does not apply."""
+        """The function scheduled, with the same parameters and the same meaning; None where it does not apply.
+
+        What lays out weights may be left to the build: see pipeline.compiler.prepack.
+        """
         ...
 
 
-STRATEGIES: tuple[Strategy, ...] = (Default(),)
+# Those that need nothing but the function. The others are made of what they are given.
+STRATEGIES: tuple[Strategy, ...] = (Rules(), Default())
+
+# Every name that an order may hold, in the default order.
+ORDER = ("manual", "library", "tuned", "rules", "default")
+
+_DONE = "tirx.is_scheduled"
 
 
 def by_name(name: str) -> Strategy:
     return next(strategy for strategy in STRATEGIES if strategy.name == name)
+
+
+def as_pass(strategy: Strategy) -> Any:
+    """A strategy as a pass of TVM's: schedules every PrimFunc to which it applies and that no pass before it took.
+
+    Runs within a target's scope, where a function names no target of its own.
+    """
+    import tvm
+
+    @tvm.transform.module_pass(opt_level=0, name=f"Schedule[{strategy.name}]")
+    def schedule(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        changed = {gvar: _scheduled(strategy, func) for gvar, func in mod.functions_items()}
+        return tvm.IRModule(changed, attrs=mod.attrs)
+
+    return schedule
+
+
+def _scheduled(strategy: Strategy, func: tvm.ir.BaseFunc) -> tvm.ir.BaseFunc:
+    import tvm
+
+    if not isinstance(func, tvm.tirx.PrimFunc) or (func.attrs or {}).get(_DONE):
+        return func
+    target = (func.attrs or {}).get("target") or tvm.target.Target.current(allow_none=False)
+    made = strategy.apply(func, target)
+    if made is None:
+        return func
+    name = (func.attrs or {}).get("global_symbol")
+    return (made.with_attr("global_symbol", name) if name else made).with_attr(_DONE, True)

@@ -1,0 +1,100 @@
+"""`doit report`: what each operator of the built models runs on, among which candidates, and why. Builds nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+from doit.cmd_base import DoitCmdBase
+
+from pipeline.errors import TvmakeError
+from pipeline.types import Profile
+from pipeline.workspace import Selection, selecting, the_workspace
+
+OK, NOTHING, ERROR = 0, 1, 2
+
+opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "print JSON instead"}
+opt_target = {
+    "name": "targets",
+    "short": "t",
+    "long": "target",
+    "type": list,
+    "default": [],
+    "help": "for this target only; may be given several times",
+}
+
+
+class Report(DoitCmdBase):
+    """Reads the manifests of artifacts, and the times that the last build took down."""
+
+    doc_purpose = "show what each operator of the built models runs on, and why"
+    doc_usage = "[MODEL...]"
+    doc_description = """\
+Shows for each operator of the models as they are built: calls and time in one inference, the
+implementation, all candidates with their times, and why this one was chosen. Compiles nothing.
+
+  doit report                 every model that is built
+  doit report squeezenet      one model
+  doit report --json          the same for programs
+
+Exit code: 0 shown, 1 a model is not built yet, 2 the workspace is at fault.
+"""
+    cmd_options = (opt_target, opt_json)
+    name = "report"
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        self._selection = Selection(models=frozenset(args) or None, targets=frozenset(params["targets"]) or None)
+        try:
+            with selecting(self._selection):
+                code: int = super().execute(params, [])
+                return code
+        except TvmakeError as error:
+            print(f"ERROR: {error}", file=sys.stderr)
+            return ERROR
+
+    def _execute(self, json: bool) -> int:
+        from pipeline.report import report
+        from pipeline.runtime import read_manifest
+
+        workspace = the_workspace(self.loader.namespace)
+        made, missing = [], []
+        for target, model in workspace.pairs(self._selection):
+            try:
+                manifest = read_manifest(workspace.artifact(target, model))
+            except TvmakeError as error:
+                missing.append(f"{target}:{model.name}: {error}")
+                continue
+            kept = (self.dep_manager.get_values(f"profile:{target}:{model.name}") or {}).get("profile")
+            profile = msgspec.convert(kept, Profile) if kept else None
+            made.append((manifest, report(manifest, profile)))
+        if json:
+            print(msgspec.json.format(msgspec.json.encode([_plain(*each) for each in made])).decode())
+        else:
+            _show([each for _, each in made])
+        for text in missing:
+            print(text, file=sys.stderr)
+        return NOTHING if missing else OK
+
+
+def _plain(manifest: Any, made: Any) -> dict[str, Any]:
+    return {
+        "model": made.model,
+        "target": made.target,
+        "seconds": made.seconds,
+        "shares": made.shares(),
+        "untuned": made.untuned(),
+        "libraries": manifest.libraries,
+        "operators": [{"seconds": row.seconds, **msgspec.to_builtins(row.operator)} for row in made.rows],
+    }
+
+
+def _show(reports: list[Any]) -> None:
+    from rich.console import Console
+
+    from pipeline.report import table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for each in reports:
+        console.print(table(each))
+        console.print(each.line(), highlight=False, soft_wrap=True)

@@ -1,0 +1,124 @@
+"""Any function as a sequence of stages, each scheduled by the rule for its kind.
+
+What remains after elementwise blocks were merged falls into reductions, each with the elementwise block behind it, and
+elementwise blocks of their own. Where the whole function is one chain over rows, it is one stage.
+
+    pad → conv → add, relu      →  tiles: conv + (add, relu), pad made where it is used
+    softmax                     →  rows: max, exp, sum, division
+    mean → conv → sigmoid       →  rows: mean;  tiles: conv + sigmoid
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tvm
+from tvm import s_tir, tirx
+
+from pipeline.compiler.rules import blocks, injective, inline, lanes, rows, tiles
+from pipeline.compiler.rules.blocks import Block
+from pipeline.compiler.rules.machine import Machine, machine
+
+
+class Kind(enum.Enum):
+    TILES = "tiles"  # a reduction that is vectorised along the result
+    ROWS = "rows"  # reductions that are vectorised along what they reduce
+    INJECTIVE = "injective"  # no reduction
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks that are scheduled together. The first of tiles is the reduction; made_inside are blocks that only it
+    reads."""
+
+    kind: Kind
+    blocks: tuple[Block, ...]
+    made_inside: tuple[Block, ...] = ()
+
+
+def schedule(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule | None:
+    """None where a block is not a plain nest, or a reduction has no contiguous axis to be vectorised along."""
+    cpu = machine(target)
+    sch = s_tir.Schedule(func, error_render_level="fast")
+    found = inline.inline(sch)
+    stages = partition(found) if found else None
+    if stages is None:
+        return None
+    sch, cut = _cut(sch, stages, cpu)
+    by_name = {block.name: block for block in blocks.all_blocks(sch) or ()}
+    for stage in stages:
+        own = [by_name[block.name] for block in stage.blocks]
+        if stage.kind is Kind.TILES:
+            inside = [by_name[block.name] for block in stage.made_inside]
+            tiles.schedule(sch, own[0], own[1] if len(own) > 1 else None, inside, cpu)
+        elif stage.kind is Kind.ROWS:
+            rows.schedule(sch, own, cut, cpu)
+        else:
+            injective.schedule(sch, own[0], cpu)
+    return sch
+
+
+def partition(found: Sequence[Block]) -> list[Stage] | None:
+    """The stages of a function, in order; None where no rule takes one of them."""
+    tiled = {block.name for block in found if block.is_reduction and tiles.suits(block)}
+    if len(found) > 2 and not tiled and rows.suits(found):
+        return [Stage(Kind.ROWS, tuple(found))]
+    epilogues = {block.name: _epilogue(block, found) for block in found if block.is_reduction}
+    hosted = {each.name for each in epilogues.values() if each}
+    inside = {name: _made_inside(name, found) for name in tiled}
+    hosted |= {block.name for made in inside.values() for block in made}
+    stages: list[Stage] = []
+    for block in found:
+        if block.name in hosted:
+            continue
+        epilogue = epilogues.get(block.name)
+        group = (block, epilogue) if epilogue else (block,)
+        if block.name in tiled:
+            stages.append(Stage(Kind.TILES, group, inside[block.name]))
+        elif not block.is_reduction:
+            stages.append(Stage(Kind.INJECTIVE, group))
+        elif rows.suits(group):
+            stages.append(Stage(Kind.ROWS, group))
+        else:
+            return None
+    return stages
+
+
+def _made_inside(name: str, found: Sequence[Block]) -> tuple[Block, ...]:
+    """The elementwise blocks that only one reduction reads."""
+    reduction = next(block for block in found if block.name == name)
+    producers = [block for block in found if not block.is_reduction and blocks.reads(reduction, block.target)]
+    return tuple(
+        block for block in producers if sum(blocks.reads(other, block.target) for other in found) == 1
+    )
+
+
+def _epilogue(block: Block, found: Sequence[Block]) -> Block | None:
+    """The one reader of a reduction, where it takes each result once, in its place."""
+    readers = [other for other in found if blocks.reads(other, block.target)]
+    if len(readers) != 1 or readers[0].is_reduction:
+        return None
+    reader = readers[0]
+    same = [axis.extent for axis in reader.spatial] == [axis.extent for axis in block.spatial]
+    loads = [load for load in reader.loads if load.buffer.same_as(block.target)]
+    if not same or not reader.writes_in_order or not block.writes_in_order:
+        return None
+    return reader if all(blocks.is_identity(load.indices, reader.spatial) for load in loads) else None
+
+
+def _cut(sch: s_tir.Schedule, stages: Sequence[Stage], cpu: Machine) -> tuple[s_tir.Schedule, set[str]]:
+    """Cuts the reductions of rows into vectors. Returns a schedule of what comes of it, and the names of those cut."""
+    chosen = [
+        (block, width)
+        for stage in stages
+        for block in stage.blocks
+        if stage.kind is Kind.ROWS and block.is_reduction and (width := lanes.width(block, cpu.lanes(block.dtype)))
+    ]
+    func = sch.mod["main"]
+    for block, width in chosen:
+        func = lanes.cut(func, sch.get(sch.get_loops(block.rv)[0]), block, width)
+    if not chosen:
+        return sch, set()
+    return s_tir.Schedule(func, error_render_level="fast"), {block.name for block, _ in chosen}

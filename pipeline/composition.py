@@ -1,0 +1,359 @@
+"""What a target's order comes to in a workspace: which strategies are asked about a workload, in order, with what.
+
+    order = ["manual", "library", "tuned", "rules", "default"]     in targets/<name>.toml
+      manual    one for each function in manual/*.py that is for the workload
+      library   one for each of `libraries` that is installed, this project's or the workspace's libraries/*.py
+      tuned     where the target's record sets have records of the workload
+      <name>    strategies/<name>.py of the workspace
+    [[operators]] then forbids some, by the operator's name
+
+Runs no strategy and needs no TVM. What cannot be used (a library that is not installed, a file that does not load) is
+said once, by name, and left out.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline import stages
+from pipeline.compiler import libraries, strategies
+from pipeline.compiler.libraries import Installed, Library
+from pipeline.compiler.libraries.shims import HEADER, POOL
+from pipeline.config import TargetFile
+from pipeline.errors import ConfigError, TvmakeError
+from pipeline.hashing import Digest
+from pipeline.memoizer import Action, Memoizer
+from pipeline.processor import device
+from pipeline.sources import object_of
+from pipeline.toolchain import library_identity, openmp_runtime
+from pipeline.types import LibraryUse, Plan, Workload
+
+FOLDERS = ("manual", "strategies", "libraries")  # of a workspace, each of Python files
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target as its file describes it and as TVM understands it."""
+
+    name: str
+    file: TargetFile
+    attributes: dict[str, Any]
+    llvm: str
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One strategy to ask about one workload: its name, and what of it enters the key."""
+
+    strategy: str
+    inputs: Mapping[str, Digest] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    library: str = ""
+    trusted: bool = True  # whether it is this project's own; what is not is compared with the default before it is used
+
+
+@dataclass(frozen=True)
+class Linking:
+    """What the functions that call a library are linked with: its shim's object, and its shared libraries by name."""
+
+    shim: Digest
+    shared: Mapping[str, Digest]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A library that is installed."""
+
+    library: Library
+    installed: Installed
+    source: Digest | None  # of its module, where the workspace has it
+
+    def identity(self) -> str:
+        """What tells this library from another version: enters the keys of what it is asked and of what calls it."""
+        parts = [f"{name} {library_identity(path)}" for name, path in self.installed.shared.items()]
+        return "; ".join([self.installed.version, str(self.library.version), *parts])
+
+
+def names(folder: Path) -> list[str]:
+    """Every name that a target's order, libraries and rules may hold in this workspace."""
+    own = [*strategies.ORDER, *(library.name for library in libraries.LIBRARIES)]
+    return [*own, *(path.stem for kind in ("strategies", "libraries") for path in _files(folder / kind))]
+
+
+_DATABASE = {"workloads": "database_workload.json", "records": "database_tuning_record.json"}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
+
+
+class Composition:
+    """The strategies of one target in a workspace. Every method may be called from any thread.
+
+    problems  what could not be used, in words; grows as it is found
+    """
+
+    def __init__(self, folder: Path, target: Target, memoizer: Memoizer) -> None:
+        self._folder = folder
+        self._target = target.name
+        self._file = target.file
+        self._attributes = target.attributes
+        self._memoizer = memoizer
+        self._lock = threading.Lock()
+        self._linking: dict[str, Linking] = {}
+        self._pool: tuple[dict[str, Digest], dict[str, Digest]] | None = None
+        self._records: dict[str, list[Digest]] = {}
+        self.problems: list[str] = []
+        self._libraries = dict(self._installed())
+        self._bindings = list(self._bound())
+
+    def files(self) -> list[Path]:
+        """The files that the choice depends on: the workspace's own, the databases of records, and the libraries'."""
+        own = [path for kind in FOLDERS for path in (self._folder / kind).glob("*") if path.is_file()]
+        databases = [self._folder / name / part for name in self._file.records for part in _DATABASE.values()]
+        shared = [path for found in self._libraries.values() for path in found.installed.shared.values()]
+        return [*own, *databases, *shared]
+
+    def offers(self, workload: Workload) -> list[Offer]:
+        """The strategies to ask about a workload, in the order of choice.
+
+        Raises ConfigError where the target's rules leave none.
+        """
+        rules = [rule for rule in self._file.operators if _matches(rule.match, workload)]
+        found = [
+            offer
+            for name in self._file.order
+            for offer in self._of(name, workload)
+            if all(_allows(rule.only, offer) and not _names(rule.forbid, offer) for rule in rules)
+        ]
+        if not found:
+            raise ConfigError(
+                f"targets/{self._target}.toml leaves no strategy for {workload.label}",
+                hint='add "default" to its order, or loosen its [[operators]]',
+            )
+        return found
+
+    def linking(self, library: str) -> Linking:
+        """What the functions that call a library are linked with."""
+        with self._lock:
+            if library not in self._linking:
+                found = self._libraries[library]
+                store = self._memoizer.store
+                shared = {name: store.put_file(path) for name, path in found.installed.shared.items()}
+                shim = self._memoizer.run(self._shim_action(found)).outputs["object"]
+                self._linking[library] = Linking(shim, shared)
+            return self._linking[library]
+
+    def linked_with(self, used: Iterable[str]) -> tuple[dict[str, Digest], dict[str, Digest]]:
+        """What is linked with functions that call these libraries: objects and shared libraries, by file name.
+
+        Where some library of the target runs on OpenMP's threads, all code does, whether it calls that library or not:
+        two pools in one process take the cores from each other, and what is timed alone shall hold in a model.
+        """
+        linkings = {name: self.linking(name) for name in sorted(set(used)) if name}
+        objects = {f"shim-{name}.o": linking.shim for name, linking in linkings.items()}
+        shared = {file: digest for linking in linkings.values() for file, digest in linking.shared.items()}
+        if any(found.library.threads == "openmp" for found in self._libraries.values()):
+            pool_objects, pool_shared = self._openmp()
+            return {**objects, **pool_objects}, {**shared, **pool_shared}
+        return objects, shared
+
+    def describe(self, library: str) -> LibraryUse:
+        """What a manifest says of a library."""
+        found = self._libraries[library]
+        return LibraryUse(library, found.installed.version, found.library.licence, tuple(found.installed.shared))
+
+    def take_records(self, plan: Plan, functions: Mapping[str, Digest]) -> None:
+        """Looks in the target's record sets for records of a plan's workloads. `functions` are those of the plan."""
+        for name in self._file.records:
+            inputs = {}
+            try:
+                for part, file in _DATABASE.items():
+                    inputs[part] = self._memoizer.store.put_file(self._folder / name / file)
+                inputs |= {f"f{workload.digest}": functions[f"f{workload.digest}"] for workload in plan.workloads}
+                entry = self._memoizer.run(Action(stages.RECORDS, f"{self._target}:{name}", inputs))
+            except (OSError, TvmakeError) as error:
+                self._problem(f"the records in {name} cannot be used: {_said(error)}")
+                continue
+            unread = int(self._memoizer.blob(entry.outputs["unread"]))
+            if unread:
+                self._problem(f"{unread} lines of the records in {name} cannot be read")
+            with self._lock:
+                for output, digest in entry.outputs.items():
+                    if output[0] == "g" and digest not in self._records.setdefault(output[1:], []):
+                        self._records[output[1:]].append(digest)
+
+    def unused_bindings(self, digests: Iterable[str]) -> list[str]:
+        """The functions of manual/ that are for none of these workloads."""
+        known = list(digests)
+        return [
+            f"{file}: {function} is for {wanted[:16]}, which is no operator of the models built"
+            for file, _, function, wanted in self._bindings
+            if not any(digest.startswith(wanted) for digest in known)
+        ]
+
+    def _of(self, name: str, workload: Workload) -> Iterator[Offer]:
+        if name == "library":
+            chosen = self._file.libraries
+            for library in chosen if chosen is not None else self._libraries:
+                yield from self._library_offer(library)
+        elif name == "manual":
+            bound = [each for each in self._bindings if workload.digest.startswith(each[3])]
+            for _, source, function, _ in bound[:1]:
+                yield Offer(name, {"source": source}, {"function": function, "strategy version": 1}, trusted=False)
+            for file, _, function, _ in bound[1:]:
+                self._problem(
+                    f"{file}: {function} is left out: {bound[0][0]} has another function for {workload.label}"
+                )
+        elif name == "tuned":
+            groups = self._records.get(workload.digest, [])
+            if groups:
+                yield Offer(name, {f"records{i}": group for i, group in enumerate(groups)}, {"strategy version": 1})
+        elif name in self._libraries or name in self._known_libraries():
+            yield from self._library_offer(name)
+        elif any(strategy.name == name for strategy in strategies.STRATEGIES):
+            yield Offer(name, {}, {"strategy version": strategies.by_name(name).version})
+        else:
+            own = self._source(self._folder / "strategies" / f"{name}.py")
+            if own is not None:
+                yield Offer(name, {"source": own}, trusted=False)
+
+    def _library_offer(self, name: str) -> Iterator[Offer]:
+        found = self._libraries.get(name)
+        if found is None:
+            return
+        try:
+            inputs = {"shim": self.linking(name).shim}
+        except TvmakeError as error:
+            if self._memoizer.workers.stopped:
+                raise
+            self._problem(f"the library {name} is left out: {error}")
+            return
+        if found.source is not None:
+            inputs["source"] = found.source
+        # What a library packs, and which functions it takes, depends on the processor that it finds.
+        options = {
+            "library": found.identity(),
+            "device": device(),
+            "strategy version": found.library.version,
+        }
+        yield Offer(name, inputs, options, name, trusted=found.source is None)
+
+    def _openmp(self) -> tuple[dict[str, Digest], dict[str, Digest]]:
+        """TVM's parallel loops on OpenMP's threads: the object that brings them there, and OpenMP's runtime."""
+        with self._lock:
+            if self._pool is None:
+                store = self._memoizer.store
+                inputs = {"shim": store.put_file(POOL), "header": store.put_file(HEADER)}
+                entry = self._memoizer.run(Action(stages.SHIM, "OpenMP", inputs, {"library": ""}))
+                runtime = openmp_runtime()
+                shared = {runtime.name: store.put_file(runtime)} if runtime is not None else {}
+                self._pool = ({"openmp-pool.o": entry.outputs["object"]}, shared)
+            return self._pool
+
+    def _shim_action(self, found: _Found) -> Action:
+        store, shim = self._memoizer.store, Path(found.library.shim)
+        inputs = {"shim": store.put_file(shim), "header": store.put_file(HEADER)}
+        if found.source is not None:
+            inputs["source"] = found.source
+        options = {"library": found.library.name, "identity": found.identity()}
+        return Action(stages.SHIM, found.library.name, inputs, options)
+
+    def _known_libraries(self) -> set[str]:
+        return {library.name for library in libraries.LIBRARIES}
+
+    def _installed(self) -> Iterator[tuple[str, _Found]]:
+        """This project's libraries and the workspace's, as far as the target's order may ask them."""
+        known: dict[str, tuple[Library, Digest | None]] = {
+            library.name: (library, None) for library in libraries.LIBRARIES
+        }
+        for path in _files(self._folder / "libraries"):
+            source = self._source(path)
+            if source is None:
+                continue
+            try:
+                shown = f"libraries/{path.name}"
+                made = object_of(self._memoizer.blob(source), shown, "library", str(path))
+                known[path.stem] = (made, source)  # type: ignore[assignment]
+            except ConfigError as error:
+                self._problem(str(error))
+        wanted = set(self._file.order) | set(self._file.libraries or ())
+        for name, (library, source) in known.items():
+            if not ("library" in self._file.order and self._file.libraries is None) and name not in wanted:
+                continue
+            installed = library.find() if self._attributes.get("kind") == "llvm" else None
+            if installed is not None:
+                yield name, _Found(library, installed, source)
+            elif name in wanted and self._attributes.get("kind") == "llvm":
+                self._problem(f"the library {name} is not installed ({library.install}); operators go on without it")
+
+    def _bound(self) -> Iterator[tuple[str, Digest, str, str]]:
+        """File, source, function and workload of everything that manual/ binds."""
+        if "manual" not in self._file.order:
+            return
+        for path in _files(self._folder / "manual"):
+            source = self._source(path)
+            if source is None:
+                continue
+            shown = f"manual/{path.name}"
+            try:
+                entry = self._memoizer.run(Action(stages.BINDINGS, shown, {"source": source}))
+            except TvmakeError as error:
+                self._problem(f"{shown} is left out: {error}")
+                continue
+            for function, wanted in msgspec.json.decode(
+                self._memoizer.blob(entry.outputs["bindings"]), type=list[tuple[str, str]]
+            ):
+                yield shown, source, function, wanted
+
+    def _source(self, path: Path) -> Digest | None:
+        try:
+            return self._memoizer.store.put_file(path)
+        except OSError as error:
+            self._problem(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}")
+            return None
+
+    def _problem(self, text: str) -> None:
+        with self._lock:
+            if text not in self.problems:
+                self.problems.append(text)
+
+
+def _matches(pattern: str, workload: Workload) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (workload.label, workload.name, workload.digest))
+
+
+def _names(listed: tuple[str, ...], offer: Offer) -> bool:
+    return offer.strategy in listed or (bool(offer.library) and "library" in listed)
+
+
+def _allows(only: tuple[str, ...] | None, offer: Offer) -> bool:
+    return only is None or _names(only, offer)
+
+
+def _said(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def fingerprint(folder: Path) -> str:
+    """What the choice depends on that is in no file: which libraries are installed, and the versions of what is asked.
+
+    Cheap: part of every command.
+    """
+    found = [[library.name, library.version, _version(library)] for library in libraries.LIBRARIES]
+    versions = [[strategy.name, strategy.version] for strategy in strategies.STRATEGIES]
+    listed = [sorted(path.name for path in (folder / kind).glob("*")) for kind in FOLDERS]
+    return json.dumps([found, versions, listed])
+
+
+def _version(library: Library) -> str | None:
+    installed = library.find()
+    return installed.version if installed else None

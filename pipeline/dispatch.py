@@ -1,0 +1,262 @@
+"""Which candidate a workload is compiled from: the strategies are asked in order, and one is chosen.
+
+    first      the first that applies; what is not this project's own is compared with the default before
+    fastest    all that apply are compiled, compared with the default and timed, and the fastest beyond the noise is
+               taken; where the target's device is not at hand, the first, and the reason says so
+
+A strategy that fails, a function that does not compile and a candidate that is refused when it is tried are put aside
+with the reason, and the next one is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from pipeline import stages
+from pipeline.composition import Composition, Offer, Target
+from pipeline.errors import StageError, TvmakeError
+from pipeline.hashing import Digest
+from pipeline.memoizer import Action, Memoizer
+from pipeline.platforms import runs_here
+from pipeline.processor import device, missing_features
+from pipeline.store import ActionEntry
+from pipeline.types import Candidate, Decision, Packed, Terms, Trial, Workload, symbol_of
+
+Run = Callable[[Action], ActionEntry]  # runs an action, or finds it; raises what its stage raises
+
+REFERENCE = "default"  # what candidates are compared with: the workload as it is
+
+
+@dataclass(frozen=True)
+class Dispatcher:
+    """Decides for the workloads of one target. `run` may be a look-up that raises where the store lacks an action."""
+
+    target: Target
+    composition: Composition
+    memoizer: Memoizer
+    run: Run
+
+    def decide(self, workload: Workload) -> Decision:
+        """Raises the last refusal where every candidate is put aside."""
+        offers = self.composition.offers(workload)
+        if self.target.file.select == "fastest" and self.can_measure() and _is_plain(workload):
+            return self._fastest(workload, offers)
+        return self._first(workload, offers)
+
+    def prepare(self, workload: Workload) -> None:
+        """Has made what deciding needs that needs no quiet: candidates, and where they will be timed their objects."""
+        offers = self.composition.offers(workload)
+        if self.target.file.select == "fastest" and self.can_measure() and _is_plain(workload):
+            self._contenders(workload, [each for each in map(self._asker(workload), offers) if each])
+        else:
+            self._first(workload, offers)
+
+    def can_measure(self) -> bool:
+        """Whether what is built for the target runs on this machine."""
+        return runs_here(self.target.attributes) and not missing_features(self.target.attributes)
+
+    def codegen(self, workload: Workload, candidate: Candidate) -> Action:
+        """What compiles a candidate under its workload's symbol."""
+        return self._codegen(workload, candidate.function, workload.symbol)
+
+    def packing(self, workload: Workload, packed: Packed) -> Action:
+        """What compiles the function that lays out a weight."""
+        return self._codegen(workload, packed.function, symbol_of(packed.function.hash))
+
+    def _codegen(self, workload: Workload, function: Digest, symbol: str) -> Action:
+        options: dict[str, object] = {"symbol": symbol, "target": self.target.attributes}
+        subject = f"{self.target.name}:{workload.label}"
+        return Action(stages.CODEGEN, subject, {"function": function}, options, self.target.file.timeout)
+
+    def _first(self, workload: Workload, offers: Sequence[Offer]) -> Decision:
+        trials: list[Trial] = []
+        refusal: TvmakeError | None = None
+        ask = self._asker(workload, trials)
+        for offer in offers:
+            candidate = ask(offer)
+            if candidate is None:
+                continue
+            try:
+                self.run(self.codegen(workload, candidate))
+                trial = Trial(candidate.strategy) if offer.trusted else self._compared(workload, candidate)
+            except TvmakeError as error:
+                self._require_going(error)
+                refusal, trial = error, Trial(candidate.strategy, refused=_said(error))
+            trials.append(trial)
+            if not trial.refused:
+                return Decision(candidate, self._why_first(workload, trials, len(offers)), tuple(trials))
+        raise refusal or self._none(workload, trials)
+
+    def _why_first(self, workload: Workload, trials: Sequence[Trial], asked: int) -> str:
+        without = ""
+        if self.target.file.select == "fastest":
+            what = "the target's device is not here" if _is_plain(workload) else "its shapes are open"
+            without = f" (not timed: {what})"
+        if len(trials) == asked == 1:
+            return f"the only one in the order{without}"
+        return f"the first in the order that {'is right' if len(trials) > 1 else 'applies'}{without}"
+
+    def _fastest(self, workload: Workload, offers: Sequence[Offer]) -> Decision:
+        trials: list[Trial] = []
+        candidates = [each for each in map(self._asker(workload, trials), offers) if each is not None]
+        tried = self._measured(workload, self._contenders(workload, candidates, trials), seconds=True)
+        timed = [tried[each.strategy] for each in candidates if each.strategy in tried]
+        trials += timed
+        best = best_of(timed, self.target.file.measure.noise)
+        if best is None:
+            raise self._none(workload, trials)
+        chosen = next(each for each in candidates if each.strategy == best)
+        return Decision(chosen, _why_fastest(best, timed), _in_order(trials, offers))
+
+    def _asker(self, workload: Workload, trials: list[Trial] | None = None) -> Callable[[Offer], Candidate | None]:
+        """Asks a strategy: a candidate, or None where it does not apply or fails; a failure is added to the trials."""
+
+        def ask(offer: Offer) -> Candidate | None:
+            try:
+                entry = self.run(self._apply(workload, offer))
+            except TvmakeError as error:
+                self._require_going(error)
+                if trials is not None:
+                    trials.append(Trial(offer.strategy, refused=_said(error)))
+                return None
+            if "function" not in entry.outputs:
+                return None
+            packed = msgspec.json.decode(self.memoizer.blob(entry.outputs["packed"]), type=tuple[Packed, ...])
+            return Candidate(offer.strategy, entry.outputs["whole"], entry.outputs["function"], packed, offer.library)
+
+        return ask
+
+    def _apply(self, workload: Workload, offer: Offer) -> Action:
+        options: dict[str, object] = {
+            "strategy": offer.strategy,
+            "target": self.target.attributes,
+            **offer.options,
+        }
+        subject, inputs = f"{self.target.name}:{workload.label}", {"function": workload.function, **offer.inputs}
+        return Action(stages.APPLY, subject, inputs, options, self.target.file.timeout)
+
+    def _contenders(
+        self, workload: Workload, candidates: Sequence[Candidate], trials: list[Trial] | None = None
+    ) -> list[tuple[Candidate, dict[str, Digest]]]:
+        """The candidates that compile, each with the objects that it is linked of."""
+        found = []
+        for candidate in candidates:
+            try:
+                found.append((candidate, self._objects(workload, candidate)))
+            except TvmakeError as error:
+                self._require_going(error)
+                if trials is not None:
+                    trials.append(Trial(candidate.strategy, refused=_said(error)))
+        return found
+
+    def _objects(self, workload: Workload, candidate: Candidate) -> dict[str, Digest]:
+        objects = {f"{workload.symbol}.o": self.run(self.codegen(workload, candidate)).outputs["object"]}
+        for packed in candidate.packed:
+            made = self.run(self.packing(workload, packed)).outputs["object"]
+            objects[f"{symbol_of(packed.function.hash)}.o"] = made
+        return objects
+
+    def _compared(self, workload: Workload, candidate: Candidate) -> Trial:
+        """What comes of comparing one candidate with the default; it is not timed."""
+        if not (self.can_measure() and _is_plain(workload)):
+            return Trial(candidate.strategy, refused="cannot be compared with the default here, and is not this project's own")
+        return self._measured(workload, self._contenders(workload, [candidate]), seconds=False)[candidate.strategy]
+
+    def _measured(
+        self, workload: Workload, contenders: Sequence[tuple[Candidate, dict[str, Digest]]], seconds: bool
+    ) -> dict[str, Trial]:
+        plain = Candidate(REFERENCE, workload.function, workload.function)
+        if all(candidate.function != workload.function for candidate, _ in contenders):
+            reference = (plain, self._objects(workload, plain))
+        else:
+            reference = next(each for each in contenders if each[0].function == workload.function)
+        entry = self.run(self._measure(workload, [reference, *contenders], seconds))
+        return msgspec.json.decode(self.memoizer.blob(entry.outputs["trials"]), type=dict[str, Trial])
+
+    def _measure(
+        self, workload: Workload, contenders: Sequence[tuple[Candidate, dict[str, Digest]]], seconds: bool
+    ) -> Action:
+        inputs: dict[str, Digest] = {}
+        named = []
+        for candidate, own in contenders:
+            objects, shared = self.composition.linked_with([candidate.library])
+            files = {**own, **objects}
+            inputs |= {digest.hash: digest for digest in (*files.values(), *shared.values())}
+            packed = [[p.param, symbol_of(p.function.hash), list(p.spec.shape), p.spec.dtype] for p in candidate.packed]
+            named.append(
+                [
+                    candidate.strategy,
+                    {name: digest.hash for name, digest in files.items()},
+                    {name: digest.hash for name, digest in shared.items()},
+                    packed,
+                ]
+            )
+        terms = self.target.file.measure
+        options: dict[str, object] = {
+            "contenders": named,
+            "symbol": workload.symbol,
+            "parameters": [[list(spec.shape), spec.dtype] for spec in workload.parameters],
+            "written": list(workload.written),
+            "seeds": list(Terms().seeds),
+            "seconds": terms.seconds if seconds else 0.0,
+            "patience": terms.patience,
+            "device": device(),
+        }
+        return Action(stages.MEASURE, f"{self.target.name}:{workload.label}", inputs, options, self.target.file.timeout)
+
+    def _require_going(self, error: TvmakeError) -> None:
+        """A build that is being stopped fails as a whole: what it stopped is no candidate's fault."""
+        if self.memoizer.workers.stopped:
+            raise error
+
+    def _none(self, workload: Workload, trials: Sequence[Trial]) -> StageError:
+        reasons = "; ".join(f"{trial.strategy} {trial.refused}" for trial in trials if trial.refused)
+        return StageError(
+            f"no strategy gives a function that can be used{': ' + reasons if reasons else ''}",
+            stage="dispatch",
+            subject=f"{self.target.name}:{workload.label}",
+            hint=f'add "default" to the order of targets/{self.target.name}.toml',
+        )
+
+
+def _is_plain(workload: Workload) -> bool:
+    """Whether a workload can be run by itself: its shapes are known, and so is what it writes."""
+    return bool(workload.written) and not any("?" in shape for shape in workload.shapes)
+
+
+def best_of(trials: Sequence[Trial], noise: float) -> str | None:
+    """The first of those that are right, unless another is faster by more than the noise; None where none is right.
+
+    They are in the order of choice; `noise` is the least that is taken for noise, relative.
+    """
+    best: Trial | None = None
+    for each in trials:
+        if each.refused or each.seconds is None:
+            continue
+        margin = min(max(noise, each.noise, best.noise), 0.5) if best is not None else 0.0
+        if best is None or each.seconds < (best.seconds or 0.0) * (1 - margin):
+            best = each
+    return best.strategy if best is not None else None
+
+
+def _why_fastest(best: str, timed: Sequence[Trial]) -> str:
+    times = {trial.strategy: trial.seconds for trial in timed if trial.seconds is not None}
+    others = [seconds for name, seconds in times.items() if name != best]
+    if not others:
+        return "the only one that is right"
+    ratio = min(others) / times[best]
+    if ratio < 1:
+        return "as fast as any within the noise, and first in the order"
+    return f"the fastest of {len(times)}, {ratio:.2f} times as fast as the next"
+
+
+def _in_order(trials: Sequence[Trial], offers: Sequence[Offer]) -> tuple[Trial, ...]:
+    order = [offer.strategy for offer in offers]
+    return tuple(sorted(trials, key=lambda trial: order.index(trial.strategy)))
+
+
+def _said(error: TvmakeError) -> str:
+    return str(error).partition("\n")[0]
