@@ -47,13 +47,15 @@ class Draft:
     attributes: dict[str, Any]
     toolchain: dict[str, str]
     plan: Plan
-    library: Digest
+    library: Digest | None
     weights: tuple[Weight, ...]
     weights_in: str
     reference: Reference
     operators: tuple[Operator, ...]
     shared: dict[str, Digest]  # shared libraries that lie beside the library, by file name
     libraries: tuple[LibraryUse, ...]
+    parts: dict[str, Digest]  # what else is shipped, by file name: device code, sources, or objects to be linked
+    unlinked: str  # why there is no library, "" where there is one
 
 
 def operator(workload: Workload, decision: Decision, compiled: Digest) -> Operator:
@@ -101,9 +103,10 @@ def weight_file(store: Store, weights: Sequence[Weight]) -> Digest:
 
 
 def _write(store: Store, draft: Draft, folder: Path) -> Manifest:
-    shutil.copyfile(_located_blob(store, draft.library), folder / LIBRARY)
-    names = [LIBRARY, *sorted(draft.shared)]
-    for name, digest in draft.shared.items():
+    files = {**draft.shared, **draft.parts, **({LIBRARY: draft.library} if draft.library is not None else {})}
+    names = sorted(files)
+    for name, digest in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(_located_blob(store, digest), folder / name)
     if draft.weights_in == "beside":
         weightfile.write(folder / WEIGHTS, _located(store, draft.weights))
@@ -122,6 +125,7 @@ def _write(store: Store, draft: Draft, folder: Path) -> Manifest:
         reference=draft.reference,
         operators=draft.operators,
         libraries=draft.libraries,
+        unlinked=draft.unlinked,
     )
     encoded = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
     (folder / MANIFEST).write_bytes(encoded + b"\n")
@@ -142,7 +146,8 @@ def _located_blob(store: Store, blob: Digest) -> Path:
 def _same(folder: Path, scratch: Path, manifest: Manifest) -> bool:
     """Whether the folder holds these very files and nothing else."""
     try:
-        if {path.name for path in folder.iterdir()} != {MANIFEST, *manifest.files}:
+        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+        if found != {MANIFEST, *manifest.files}:
             return False
         if (folder / MANIFEST).read_bytes() != (scratch / MANIFEST).read_bytes():
             return False

@@ -14,22 +14,23 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
 
 from pipeline import artifact, stages
+from pipeline.assembly import Assembly, Linked, Object
 from pipeline.composition import Composition, Target, names
 from pipeline.config import load_target
-from pipeline.dispatch import Dispatcher, Run
+from pipeline.dispatch import Dispatcher, Run, here_and_now
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
 from pipeline.models import Model
+from pipeline.platforms import is_source
 from pipeline.processor import device
 from pipeline.store import ActionEntry
 from pipeline.types import (
@@ -37,35 +38,16 @@ from pipeline.types import (
     Decision,
     ModelKind,
     ModelSource,
-    Packed,
     Plan,
     Profile,
     Reference,
     TensorSpec,
     Weight,
-    WeightUse,
     Workload,
-    symbol_of,
 )
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Object:
-    """A compiled workload: the blob of its object file and how it was chosen."""
-
-    blob: Digest
-    decision: Decision
-
-
-@dataclass(frozen=True)
-class Linked:
-    """A library and its weights, in the order in which the entry function takes them."""
-
-    library: Digest
-    weights: tuple[Weight, ...]
-    shared: Mapping[str, Digest]  # shared libraries that must lie beside it, by file name
+NATIVE = "native"  # in a target's file: this machine
 
 
 class Build:
@@ -96,6 +78,8 @@ class Build:
         workloads = {w.digest: w for model in models for w in self.plan(target, model).workloads}
         refused: dict[tuple[str, str], list[str]] = {}
         for workload in workloads.values():
+            if not self._is_done(("decision", target, workload.digest)):
+                continue  # prepares weights for another machine
             for trial in self.decision(target, workload).trials:
                 if trial.refused:
                     refused.setdefault((trial.strategy, trial.refused), []).append(workload.label)
@@ -103,7 +87,8 @@ class Build:
             f"{strategy} is put aside for {labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {reason}"
             for (strategy, reason), labels in refused.items()
         ]
-        return [*composition.problems, *composition.unused_bindings(workloads), *put_aside]
+        unlinked = [linked.unlinked for model in models if (linked := self.linked(target, model)).unlinked][:1]
+        return [*composition.problems, *composition.unused_bindings(workloads), *put_aside, *unlinked]
 
     def files_composed(self, target: str) -> list[Path]:
         """The files, beside the target's own, that the choice of strategies depended on."""
@@ -179,18 +164,18 @@ class Build:
 
     def _resolve(self, name: str) -> Target:
         file = load_target(self.folder / "targets" / f"{name}.toml", names(self.folder))
-        action = Action(stages.RESOLVE, f"target {name}", options={"target": file.target})
         try:
-            entry = self.memoizer.run(action)
+            attributes, llvm = self._resolved(file.target)
         except ConfigError as error:
             raise ConfigError(f"targets/{name}.toml: target: {error.message}", hint=error.hint) from error
-        attributes = json.loads(self.memoizer.blob(entry.outputs["target"]))
-        if attributes["kind"] != "llvm":
-            raise ConfigError(
-                f"targets/{name}.toml: target: code for {attributes['kind']} cannot be built yet",
-                hint="use a target of kind llvm",
-            )
-        return Target(name, file, attributes, self.memoizer.blob(entry.outputs["llvm"]).decode())
+        return Target(name, file, attributes, llvm)
+
+    def _resolved(self, written: str | dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """A target's attributes, and the version of LLVM behind them."""
+        subject = f"target {written}" if isinstance(written, str) else f"target of kind {written.get('kind')}"
+        entry = self.memoizer.run(Action(stages.RESOLVE, subject, options={"target": written}))
+        attributes: dict[str, Any] = json.loads(self.memoizer.blob(entry.outputs["target"]))
+        return attributes, self.memoizer.blob(entry.outputs["llvm"]).decode()
 
     def _read(self, model: Model) -> ModelSource:
         options: dict[str, object] = {
@@ -220,6 +205,9 @@ class Build:
             "target": self.target(target).attributes,
             "layout": self.target(target).file.layout,
         }
+        host = self._host(self.target(target))
+        if host != self.target(target).attributes:
+            options["host"] = host
         return Action(stages.EXTRACT, f"{target}:{model.name}", {"skeleton": source.skeleton}, options)
 
     def _extract(self, target: str, model: Model) -> tuple[Plan, dict[str, Digest]]:
@@ -235,23 +223,31 @@ class Build:
         return self._once(("extracted", target, model.name), dict)
 
     def _dispatcher(self, target: str, run: Run | None = None) -> Dispatcher:
-        return Dispatcher(self.target(target), self.composition(target), self.memoizer, run or self.memoizer.run)
+        resolved = self.target(target)
+        return Dispatcher(
+            resolved, self.composition(target), self.memoizer, run or self.memoizer.run, self._host(resolved)
+        )
+
+    def _host(self, target: Target) -> dict[str, Any]:
+        """The target that this machine is: what prepares weights is compiled for it, whatever they are prepared for."""
+        if here_and_now(target) and not is_source(target.attributes):
+            return target.attributes
+        return self._once(("host",), lambda: self._resolved(NATIVE)[0])
 
     def _codegen(self, target: str, workload: Workload) -> Object:
         decision = self.decision(target, workload)
-        entry = self.memoizer.run(self._dispatcher(target).codegen(workload, decision.candidate))
-        return Object(entry.outputs["object"], decision)
+        return Object(self._dispatcher(target).compiled(workload, decision.candidate), decision)
 
     def is_compiled(self, target: str, workload: Workload) -> bool:
         """Whether the store has a workload's object and all that led to it. What it has is remembered as asked for."""
         dispatcher = self._dispatcher(target, self._found)
         try:
             decision = dispatcher.decide(workload)
-            compiled = self._found(dispatcher.codegen(workload, decision.candidate))
+            compiled = dispatcher.compiled(workload, decision.candidate)
         except _NotFoundError:
             return False
         self._once(("decision", target, workload.digest), lambda: decision)
-        self._once(("object", target, workload.digest), lambda: Object(compiled.outputs["object"], decision))
+        self._once(("object", target, workload.digest), lambda: Object(compiled, decision))
         return True
 
     def _found(self, action: Action) -> ActionEntry:
@@ -267,93 +263,38 @@ class Build:
             done = threads.map(lambda workload: self.compiled(target, workload), wanted)
             return {workload.digest: made for workload, made in zip(wanted, done, strict=True)}
 
-    def _pack(self, target: str, model: Model) -> tuple[Weight, ...]:
-        """The weights that inference takes: as the model has them, as `prepare` makes them, and then, where a chosen
-        function takes one in a layout of its own, laid out."""
+    def _assembly(self, target: str, model: Model) -> Assembly:
         plan, source = self.plan(target, model), self.source(model)
-        given = {weight.spec.name: weight for weight in (*source.weights, *plan.constants)}
-        layouts = {i: packed for i, use in enumerate(plan.weights) if (packed := self._packed(target, plan, use))}
-        if not plan.prepares and not layouts:
-            return tuple(Weight(use.spec, given[use.source].blob) for use in plan.weights)
-        outputs = self.memoizer.run(self._pack_action(target, model, given, layouts)).outputs
-        weights = []
-        for i, use in enumerate(plan.weights):
-            if i in layouts:
-                spec = msgspec.structs.replace(layouts[i][1].spec, name=use.spec.name)
-                weights.append(Weight(spec, outputs[f"a{i}"]))
-            else:
-                weights.append(Weight(use.spec, outputs[f"a{i}"] if use.packed >= 0 else given[use.source].blob))
-        return tuple(weights)
+        return Assembly(
+            subject=f"{target}:{model.name}",
+            target=self.target(target),
+            composition=self.composition(target),
+            dispatcher=self._dispatcher(target),
+            memoizer=self.memoizer,
+            plan=plan,
+            extracted=self._extracted(target, model),
+            given={weight.spec.name: weight for weight in (*source.weights, *plan.constants)},
+            objects=self.objects(target, self.compiled_for_target(target, plan)),
+        )
 
-    def _packed(self, target: str, plan: Plan, use: WeightUse) -> tuple[Workload, Packed] | None:
-        """What lays out a weight for its one user; None where that takes it as it is."""
-        if not use.user:
-            return None
-        user = next(workload for workload in plan.workloads if workload.digest == use.user)
-        packed = self.decision(target, user).candidate.packed
-        return next(((user, each) for each in packed if each.param == use.param), None)
+    def compiled_for_target(self, target: str, plan: Plan) -> list[Workload]:
+        """The workloads that are compiled as the target's order says: not what prepares weights for another machine."""
+        here = self._dispatcher(target).can_measure()
+        return [workload for workload in plan.workloads if workload.calls or here]
 
-    def _pack_action(
-        self,
-        target: str,
-        model: Model,
-        given: Mapping[str, Weight],
-        layouts: Mapping[int, tuple[Workload, Packed]],
-    ) -> Action:
-        plan, dispatcher = self.plan(target, model), self._dispatcher(target)
-        inputs: dict[str, Digest] = {}
-        libraries = []
-        if plan.prepares:
-            needed = [workload for workload in plan.workloads if workload.prepares]
-            made = self.objects(target, needed)
-            inputs["prepare"] = self._extracted(target, model)["prepare"]
-            inputs |= {f"o{digest}": each.blob for digest, each in made.items()}
-            libraries += [each.decision.candidate.library for each in made.values()]
-        for user, packed in layouts.values():
-            entry = self.memoizer.run(dispatcher.packing(user, packed))
-            inputs[f"o{packed.function.hash}"] = entry.outputs["object"]
-            libraries.append(self.decision(target, user).candidate.library)
-        plain = {plan.weights[i].source for i in layouts if plan.weights[i].packed < 0}
-        taken = list(dict.fromkeys([*plan.packing, *sorted(plain)]))
-        inputs |= {f"w{i}": given[name].blob for i, name in enumerate(taken)}
-        arguments: dict[str, object] = {}
-        for i, use in enumerate(plan.weights):
-            if use.packed < 0 and i not in layouts:
-                continue
-            layout = layouts.get(i)
-            symbol, spec = (symbol_of(layout[1].function.hash), layout[1].spec) if layout else ("", use.spec)
-            origin = f"p{use.packed}" if use.packed >= 0 else f"w{taken.index(use.source)}"
-            arguments[f"a{i}"] = [origin, symbol, list(spec.shape), spec.dtype]
-        objects, shared = self.composition(target).linked_with(libraries)
-        inputs |= {f"o-{file.removesuffix('.o')}": digest for file, digest in objects.items()}
-        inputs |= {f"l{i}": digest for i, digest in enumerate(shared.values())}
-        options: dict[str, object] = {
-            "weights": [[list(given[name].spec.shape), given[name].spec.dtype] for name in taken],
-            "prepared": len(plan.packing) if plan.prepares else 0,
-            "arguments": arguments,
-            "libraries": list(shared),
-        }
-        return Action(stages.PACK, f"{target}:{model.name}", inputs, options, self.target(target).file.timeout)
+    def _pack(self, target: str, model: Model) -> tuple[Weight, ...]:
+        return self._assembly(target, model).pack()
 
     def _link(self, target: str, model: Model) -> Linked:
-        plan, weights = self.plan(target, model), self.packed(target, model)
-        made = self.objects(target, [workload for workload in plan.workloads if workload.calls])
-        inputs = {"main": self._extracted(target, model)["main"]}
-        inputs |= {f"o{digest}": each.blob for digest, each in made.items()}
-        objects, shared = self.composition(target).linked_with(
-            each.decision.candidate.library for each in made.values()
-        )
-        inputs |= {f"o-{file.removesuffix('.o')}": digest for file, digest in objects.items()}
-        inputs |= {f"l{i}": digest for i, digest in enumerate(shared.values())}
-        if self.target(target).file.weights == "inside":
-            inputs["weights"] = artifact.weight_file(self.memoizer.store, weights)
-        entry = self.memoizer.run(Action(stages.LINK, f"{target}:{model.name}", inputs, {"libraries": list(shared)}))
-        return Linked(entry.outputs["library"], weights, shared)
+        inside = self.target(target).file.weights == "inside"
+        return self._assembly(target, model).link(self.packed(target, model), inside)
 
     def _check(self, target: str, model: Model) -> Reference:
         resolved, source, linked = self.target(target), self.source(model), self.linked(target, model)
         if not resolved.file.check.enabled:
             return Reference(CheckState.SKIPPED, "switched off in the target's file")
+        if not here_and_now(resolved) or linked.library is None:
+            return Reference(CheckState.SKIPPED, "what is built for the target does not run on this machine")
         plan = self.plan(target, model)
         inputs = {"skeleton": source.skeleton, **_runnable(linked)}
         inputs |= {f"w{i}": weight.blob for i, weight in enumerate(source.weights)}
@@ -381,9 +322,9 @@ class Build:
 
     def _profile(self, target: str, model: Model) -> Profile | None:
         resolved = self.target(target)
-        if not self._dispatcher(target).can_measure():
-            return None
         linked, plan = self.linked(target, model), self.plan(target, model)
+        if not here_and_now(self.target(target)) or linked.library is None:
+            return None
         options: dict[str, object] = {**_signature(plan, linked), "high": model.high, "device": device()}
         action = Action(stages.PROFILE, f"{target}:{model.name}", _runnable(linked), options, resolved.file.timeout)
         return msgspec.json.decode(self.memoizer.blob(self.memoizer.run(action).outputs["profile"]), type=Profile)
@@ -406,6 +347,8 @@ class Build:
             reference=reference,
             operators=tuple(artifact.operator(w, objects[w.digest].decision, objects[w.digest].blob) for w in used),
             shared=dict(linked.shared),
+            parts=dict(linked.parts),
+            unlinked=linked.unlinked,
             libraries=tuple(self.composition(target).describe(name) for name in sorted(called)),
         )
         folder = self.folder / "artifacts" / target / model.name
@@ -437,6 +380,7 @@ class _NotFoundError(Exception):
 
 def _runnable(linked: Linked) -> dict[str, Digest]:
     """A library with what it takes to run it, as the inputs of a stage."""
+    assert linked.library is not None
     inputs = {"library": linked.library}
     inputs |= {f"a{i}": weight.blob for i, weight in enumerate(linked.weights)}
     return inputs | {f"l{i}": digest for i, digest in enumerate(linked.shared.values())}

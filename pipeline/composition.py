@@ -31,7 +31,8 @@ from pipeline.config import TargetFile
 from pipeline.errors import ConfigError, TvmakeError
 from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
-from pipeline.processor import device
+from pipeline.platforms import runs_here
+from pipeline.processor import device, missing_features
 from pipeline.sources import object_of
 from pipeline.toolchain import library_identity, openmp_runtime
 from pipeline.types import LibraryUse, Plan, Workload
@@ -260,8 +261,9 @@ class Composition:
             return self._pool
 
     def _shim_action(self, found: _Found) -> Action:
-        store, shim = self._memoizer.store, Path(found.library.shim)
-        inputs = {"shim": store.put_file(shim), "header": store.put_file(HEADER)}
+        store, shim = self._memoizer.store, found.library.shim
+        source = store.put(shim.encode()) if isinstance(shim, str) else store.put_file(shim)
+        inputs = {"shim": source, "header": store.put_file(HEADER)}
         if found.source is not None:
             inputs["source"] = found.source
         options = {"library": found.library.name, "identity": found.identity()}
@@ -289,10 +291,13 @@ class Composition:
         for name, (library, source) in known.items():
             if not ("library" in self._file.order and self._file.libraries is None) and name not in wanted:
                 continue
-            installed = library.find() if self._attributes.get("kind") == "llvm" else None
+            # A library is for the machine that it is installed on.
+            attributes = self._attributes
+            here = attributes["kind"] == "llvm" and runs_here(attributes) and not missing_features(attributes)
+            installed = library.find() if here else None
             if installed is not None:
                 yield name, _Found(library, installed, source)
-            elif name in wanted and self._attributes.get("kind") == "llvm":
+            elif name in wanted and here:
                 self._problem(f"the library {name} is not installed ({library.install}); operators go on without it")
 
     def _bound(self) -> Iterator[tuple[str, Digest, str, str]]:

@@ -10,20 +10,25 @@ with the reason, and the next one is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from pipeline import stages
 from pipeline.composition import Composition, Offer, Target
-from pipeline.errors import StageError, TvmakeError
+from pipeline.errors import ConfigError, StageError, TvmakeError
 from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
-from pipeline.platforms import runs_here
+from pipeline.platforms import runs_here, triple_of
 from pipeline.processor import device, missing_features
 from pipeline.store import ActionEntry
+from pipeline.toolchain import driver_identity, nvcc_identity
 from pipeline.types import Candidate, Decision, Packed, Terms, Trial, Workload, symbol_of
+
+if TYPE_CHECKING:
+    from pipeline.assembly import Object
 
 Run = Callable[[Action], ActionEntry]  # runs an action, or finds it; raises what its stage raises
 
@@ -31,13 +36,29 @@ REFERENCE = "default"  # what candidates are compared with: the workload as it i
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """What a function is compiled to: an object; device code as it is embedded; what there is to look at, by suffix."""
+
+    object: Digest
+    device: Digest | None = None
+    shown: Mapping[str, Digest] = field(default_factory=dict)
+
+
+def here_and_now(target: Target) -> bool:
+    """Whether what is built for a target runs on this machine."""
+    return runs_here(target.attributes) and not missing_features(target.attributes)
+
+
+@dataclass(frozen=True)
 class Dispatcher:
-    """Decides for the workloads of one target. `run` may be a look-up that raises where the store lacks an action."""
+    """Decides for the workloads of one target. `run` may be a look-up that raises where the store lacks an action;
+    `host` is what this machine is as a target, for what must run here whatever the target."""
 
     target: Target
     composition: Composition
     memoizer: Memoizer
     run: Run
+    host: Mapping[str, Any]
 
     def decide(self, workload: Workload) -> Decision:
         """Raises the last refusal where every candidate is put aside."""
@@ -55,19 +76,39 @@ class Dispatcher:
             self._first(workload, offers)
 
     def can_measure(self) -> bool:
-        """Whether what is built for the target runs on this machine."""
-        return runs_here(self.target.attributes) and not missing_features(self.target.attributes)
+        return here_and_now(self.target)
 
-    def codegen(self, workload: Workload, candidate: Candidate) -> Action:
-        """What compiles a candidate under its workload's symbol."""
-        return self._codegen(workload, candidate.function, workload.symbol)
+    def compiled(self, workload: Workload, candidate: Candidate) -> Compiled:
+        """A candidate compiled under its workload's symbol."""
+        action = self._codegen(workload, candidate.function, workload.symbol, self.target.attributes)
+        outputs = self.run(action).outputs
+        shown = {name.removeprefix("kernels"): blob for name, blob in outputs.items() if name.startswith("kernels")}
+        if "source" in outputs:
+            made = self.run(self.cc(action.subject, outputs["source"])).outputs["object"]
+            return Compiled(made, None, {".c": outputs["source"]})
+        return Compiled(outputs["object"], outputs.get("device"), shown)
+
+    def cc(self, subject: str, source: Digest) -> Action:
+        """What compiles C that TVM generated."""
+        attributes = self.target.attributes
+        options: dict[str, object] = {"target": attributes, "driver": driver_identity(triple_of(attributes))}
+        return Action(stages.CC, subject, {"source": source}, options, self.target.file.timeout)
 
     def packing(self, workload: Workload, packed: Packed) -> Action:
-        """What compiles the function that lays out a weight."""
-        return self._codegen(workload, packed.function, symbol_of(packed.function.hash))
+        """What compiles, for this machine, the function that lays out a weight."""
+        return self._codegen(workload, packed.function, symbol_of(packed.function.hash), self.host)
 
-    def _codegen(self, workload: Workload, function: Digest, symbol: str) -> Action:
-        options: dict[str, object] = {"symbol": symbol, "target": self.target.attributes}
+    def preparing(self, workload: Workload, compiled: Object | None) -> tuple[Digest, str]:
+        """The object of a function that prepares weights, for this machine, and the library that it calls."""
+        if compiled is not None and self.can_measure():
+            return compiled.blob, compiled.decision.candidate.library
+        action = self._codegen(workload, workload.function, workload.symbol, self.host)
+        return self.run(action).outputs["object"], ""
+
+    def _codegen(self, workload: Workload, function: Digest, symbol: str, attributes: Mapping[str, Any]) -> Action:
+        options: dict[str, object] = {"symbol": symbol, "target": dict(attributes)}
+        if attributes["kind"] == "cuda":
+            options["nvcc"] = nvcc_identity()
         subject = f"{self.target.name}:{workload.label}"
         return Action(stages.CODEGEN, subject, {"function": function}, options, self.target.file.timeout)
 
@@ -80,7 +121,7 @@ class Dispatcher:
             if candidate is None:
                 continue
             try:
-                self.run(self.codegen(workload, candidate))
+                self.compiled(workload, candidate)
                 trial = Trial(candidate.strategy) if offer.trusted else self._compared(workload, candidate)
             except TvmakeError as error:
                 self._require_going(error)
@@ -153,7 +194,7 @@ class Dispatcher:
         return found
 
     def _objects(self, workload: Workload, candidate: Candidate) -> dict[str, Digest]:
-        objects = {f"{workload.symbol}.o": self.run(self.codegen(workload, candidate)).outputs["object"]}
+        objects = {f"{workload.symbol}.o": self.compiled(workload, candidate).object}
         for packed in candidate.packed:
             made = self.run(self.packing(workload, packed)).outputs["object"]
             objects[f"{symbol_of(packed.function.hash)}.o"] = made
@@ -162,7 +203,9 @@ class Dispatcher:
     def _compared(self, workload: Workload, candidate: Candidate) -> Trial:
         """What comes of comparing one candidate with the default; it is not timed."""
         if not (self.can_measure() and _is_plain(workload)):
-            return Trial(candidate.strategy, refused="cannot be compared with the default here, and is not this project's own")
+            return Trial(
+                candidate.strategy, refused="cannot be compared with the default here, and is not this project's own"
+            )
         return self._measured(workload, self._contenders(workload, [candidate]), seconds=False)[candidate.strategy]
 
     def _measured(
@@ -208,8 +251,8 @@ class Dispatcher:
         return Action(stages.MEASURE, f"{self.target.name}:{workload.label}", inputs, options, self.target.file.timeout)
 
     def _require_going(self, error: TvmakeError) -> None:
-        """A build that is being stopped fails as a whole: what it stopped is no candidate's fault."""
-        if self.memoizer.workers.stopped:
+        """What is no candidate's fault fails as a whole: a build that is being stopped, a full disk, a missing tool."""
+        if self.memoizer.workers.stopped or not isinstance(error, StageError | ConfigError):
             raise error
 
     def _none(self, workload: Workload, trials: Sequence[Trial]) -> StageError:

@@ -30,11 +30,13 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from pipeline import toolchain
+from pipeline.compiler.libraries import LIBRARIES, Library
 from pipeline.errors import StoreError, TvmakeError
 from pipeline.processor import missing_features
 from pipeline.store import Store, default_root
@@ -215,6 +217,13 @@ def _optional(package: str, what: str, extra: str) -> Finding:
     return _ok(version)
 
 
+def _library(library: Library) -> Finding:
+    found = library.find()
+    if found is None:
+        return _ok("not installed; only needed for the functions that it would compute", library.install)
+    return _ok(f"{found.version}, {library.licence}")
+
+
 # --- checks with TVM: in the child, in this order, the first one first ------------------------------------------------
 # These functions import pipeline.compiler inside, because this module is also imported where neither may be.
 
@@ -323,6 +332,7 @@ CHECKS = (
     Check(lambda: _optional("onnxsim", "simplify ONNX models", "onnx"), name="onnxsim"),
     Check(lambda: _optional("onnxruntime", "compare ONNX models with a reference", "check"), name="onnxruntime"),
     Check(lambda: _optional("torch", "read PyTorch models", "torch"), name="torch"),
+    *(Check(partial(_library, library), name=library.name) for library in LIBRARIES),
 )
 
 

@@ -3,6 +3,7 @@
     TvmakeError
     ├── ConfigError          dodo.py or a targets/*.toml says something that cannot be meant
     ├── SetupError           this machine lacks something: a package, a compiler, the right pair of TVM and FFI
+    │   └── NoLinkerError    nothing here links for a target
     ├── ModelError           a model cannot be read or imported: broken file, unsupported operator, open shape
     ├── StageError           a stage failed for one operator or one model
     │   ├── WorkerDiedError  the process that ran it died
@@ -47,6 +48,10 @@ class ConfigError(TvmakeError):
 
 class SetupError(TvmakeError):
     """This machine lacks something that the work needs."""
+
+
+class NoLinkerError(SetupError):
+    """Nothing here links for a target: there are objects, and no library of them."""
 
 
 class ModelError(TvmakeError):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pipeline import symbols
-from pipeline.errors import ConfigError, SetupError
+from pipeline.errors import ConfigError, NoLinkerError
 from pipeline.platforms import is_glibc, is_wasm
 from pipeline.toolchain import Driver, driver_for, how_to_install, runtime_headers, runtime_libraries
 from pipeline.weightfile import WEIGHTS_BEGIN, WEIGHTS_END
@@ -33,15 +33,9 @@ _OUTPUT = "lib.so"
 _OPENMP = ("GOMP_", "omp_")
 
 
-class NoLinkerError(SetupError):
-    """Nothing here links for this triple: objects can be made, a library of them cannot."""
-
-    def __init__(self, triple: str) -> None:
-        what = f"for {triple}" if triple else "with"
-        super().__init__(
-            f"there is no C++ compiler to link {what}" if not is_wasm(triple) else f"there is no linker {what}",
-            hint=how_to_install(triple),
-        )
+def no_linker(triple: str) -> NoLinkerError:
+    """The error of a triple, this machine's where it is empty, for which nothing here links."""
+    return NoLinkerError(f"there is no linker for {triple or 'this machine'}", hint=how_to_install(triple))
 
 
 def compile_source(source: bytes, triple: str = "") -> bytes:
@@ -51,7 +45,7 @@ def compile_source(source: bytes, triple: str = "") -> bytes:
     """
     driver = driver_for(triple)
     if driver is None or is_wasm(triple):
-        raise NoLinkerError(triple)
+        raise no_linker(triple)
     with tempfile.TemporaryDirectory(prefix="tvmake-compile-") as name:
         folder = Path(name)
         (folder / "function.c").write_bytes(source)
@@ -78,7 +72,7 @@ def link(
     """
     driver = driver_for(triple)
     if driver is None:
-        raise NoLinkerError(triple)
+        raise no_linker(triple)
     carried = dict(libraries or {})
     with tempfile.TemporaryDirectory(prefix="tvmake-link-") as name:
         folder = Path(name)

@@ -67,6 +67,8 @@ class Tally:
 
     hits: Counter[str] = field(default_factory=Counter)
     ran: Counter[str] = field(default_factory=Counter)
+    subjects: dict[str, set[str]] = field(default_factory=dict)  # of what ran, by stage
+    found: dict[str, set[str]] = field(default_factory=dict)  # subjects of the hits, by stage
     saved_seconds: float = 0.0
 
 
@@ -117,6 +119,7 @@ class Memoizer:
     def _count_hit(self, action: Action, key: str, entry: ActionEntry) -> None:
         with self._counting:
             self.tally.hits[action.stage.name] += 1
+            self.tally.found.setdefault(action.stage.name, set()).add(action.subject)
             self.tally.saved_seconds += entry.seconds
             self._known[key] = entry
         if self.watcher is not None:
@@ -149,6 +152,7 @@ class Memoizer:
                 entry = self.workers.perform(action, key, components)
         with self._counting:
             self.tally.ran[action.stage.name] += 1
+            self.tally.subjects.setdefault(action.stage.name, set()).add(action.subject)
             if action.stage.kind is not Kind.SOURCE:
                 self._known[key] = entry
         return entry

@@ -71,6 +71,8 @@ def load(folder: str | os.PathLike[str], *, verify: bool = False) -> Model:
     """
     place = Path(folder)
     manifest = read_manifest(place)
+    if manifest.unlinked:
+        raise ArtifactError(f"{place} holds objects and no library: {manifest.unlinked}")
     _check_files(place, manifest, verify)
     runtime = find_runtime()
     _check_machine(place / LIBRARY, manifest, runtime)

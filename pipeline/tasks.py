@@ -113,7 +113,7 @@ def _back(
     plans = {(target, model.name): known.plan(target, model) for target, model in pairs}
     # In a build, what the store has needs no task: to look it up is all that there would be to do.
     listed = {
-        (target, model.name): [w for w in plan.workloads if with_deps or not workspace.build.is_compiled(target, w)]
+        (target, model.name): list(plan.workloads) if with_deps else _missing(workspace, target, plan)
         for target, model in pairs
         if (plan := plans[target, model.name]) is not None
     }
@@ -135,6 +135,12 @@ def _back(
             **_task("artifact", pair, is_fresh, partial(known.finish, target, model), [f"profile:{pair}"]),
             "clean": [(_remove, [workspace.artifact(target, model)])],
         }
+
+
+def _missing(workspace: Workspace, target: str, plan: Plan) -> list[Workload]:
+    """The workloads of a plan that the store has no objects of."""
+    build = workspace.build
+    return [each for each in build.compiled_for_target(target, plan) if not build.is_compiled(target, each)]
 
 
 # Stage, the build's method, and the stage before.

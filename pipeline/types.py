@@ -252,6 +252,7 @@ class Manifest(msgspec.Struct, frozen=True):
     reference: Reference
     operators: tuple[Operator, ...]
     libraries: tuple[LibraryUse, ...] = ()
+    unlinked: str = ""  # why there are objects instead of a library
 
 
 MANIFEST_FORMAT = 2

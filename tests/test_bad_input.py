@@ -250,7 +250,7 @@ BAD_TARGETS = {
     "wrong_type": ("target = 5\n", ["target", "str", "int"]),
     "wrong_number": (NATIVE + 'timeout = "long"\n', ["timeout", "float", "str"]),
     "wrong_choice": (NATIVE + 'weights = "outside"\n', ["weights", "outside", "beside", "inside"]),
-    "wrong_order": (NATIVE + 'order = ["fastest"]\n', ["'fastest'", "default"]),
+    "wrong_order": ('target = "native"\norder = ["fastest"]\n', ["'fastest'", "default"]),
     "unknown_below": (NATIVE + "[check]\ntolerence = 1\n", ["check", "tolerence", "tolerance"]),
     "no_toml": ("target = native\n", ["is not TOML", "line 1"]),
     "nothing": ("", ["target", "missing"]),
@@ -258,7 +258,7 @@ BAD_TARGETS = {
     "unknown_tag": ('target = "nvidia/no-such-tag"\n', ["target: TVM refuses", "nvidia/no-such-tag"]),
     "unknown_kind": ('target = {kind = "lvm"}\n', ["target: TVM refuses", "lvm", "kinds that this TVM knows", "llvm"]),
     "unknown_cpu": ('target = {kind = "llvm", mcpu = "i486dx9"}\n', ["no processor 'i486dx9'", "x86-64-v3"]),
-    "no_cpu_at_all": ('target = "cuda"\n', ["target: code for cuda cannot be built yet", "llvm"]),
+    "no_cpu_at_all": ('target = "cuda"\n', ["target: the CUDA target names no architecture", "arch"]),
 }
 
 

@@ -261,7 +261,7 @@ def test_another_tolerance_checks_again_and_compiles_nothing(dense: WorkspaceFol
 
 def test_another_processor_compiles_again(dense: WorkspaceFolder) -> None:
     dense.build().good()
-    dense.write("targets/native.toml", 'target = {kind = "llvm", mcpu = "x86-64-v2"}\n')
+    dense.write("targets/native.toml", NATIVE.replace('"native"', '{kind = "llvm", mcpu = "x86-64-v2"}'))
     assert dense.build().good().compiled == 1
     close(dense.run("dense", x=X), models.dense_of(X))
 

@@ -53,14 +53,14 @@ def operator_of(place: WorkspaceFolder) -> str:
     return name
 
 
-GROUPS = ["apply", "artifact", "check", "codegen", "dispatch", "extract", "link", "pack", "read", "resolve"]
+GROUPS = ["apply", "artifact", "check", "codegen", "dispatch", "extract", "link", "pack", "profile", "read", "resolve"]
 
 
 def test_list_before_and_after_the_first_build(dense: WorkspaceFolder) -> None:
     """Neither imports TVM or starts a worker."""
     assert names(dense.doit("list", forbid_tvm=True)) == GROUPS
     before = names(dense.doit("list", "--all", forbid_tvm=True))
-    pair = {f"{stage}:native:dense" for stage in ("extract", "pack", "link", "check", "artifact")}
+    pair = {f"{stage}:native:dense" for stage in ("extract", "pack", "link", "check", "profile", "artifact")}
     assert set(before) == {*GROUPS, *pair, "resolve:native", "read:dense"}
     assert not (dense.folder / "artifacts").exists()
     assert not dense.cache.exists(), "listing makes no store"
@@ -182,15 +182,18 @@ def test_plain_lines_without_a_terminal(dense: WorkspaceFolder) -> None:
     done = dense.build().good()
     assert done.out == ""
     lines = done.err.splitlines()
-    assert [re.sub(r"[\d.]+ s\b", "… s", re.sub(r"-[0-9a-f]{8}", "", line)).split("] ")[-1] for line in lines] == [
+    told = [re.sub(r"[\d.]+ s\b", "… s", re.sub(r"-[0-9a-f]{8}", "", line)).split("] ")[-1] for line in lines]
+    assert [line.strip() for line in told[:7]] == [
         "read dense (… s)",
         "extracted native:dense (… s)",
         "compiled native:fused_matmul_add_relu (… s)",
         "linked native:dense (… s)",
         "checked native:dense (… s)",
-        re.sub(r"[\d.]+ s$", "… s", lines[-1]),
+        "timed native:dense (… s)",
+        "native:dense",
     ]
-    assert all(re.match(r"\[\d+/\d+\] ", line) for line in lines[:-1])
+    assert all(re.match(r"\[\d+/\d+\] ", line) for line in lines[:6])
+    assert re.fullmatch(r"native:dense: [\d.]+ [mµ]?s an inference; default 100%; 100% untuned", lines[-2])
     assert re.search(r"1 operators? compiled, 0 cached, 1 librar(y|ies) linked, in [\d.]+ s$", done.last)
     assert "\x1b" not in done.err
     again = dense.build().good()

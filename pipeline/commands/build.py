@@ -201,7 +201,9 @@ class _Session:
             if missing:
                 count = f"{len(pairs) - len(missing)} of {count}"
             tally = self.workspace.build.memoizer.tally
-            compiled, cached = tally.ran["codegen"], tally.hits["codegen"]
+            # An operator may have several functions compiled: candidates, and what lays out its weights.
+            compiled = len(tally.subjects.get("codegen", ()))
+            cached = len(tally.found.get("codegen", set()) - tally.subjects.get("codegen", set()))
             corrupt = self.workspace.build.memoizer.store.counts.corrupt + self.workspace.build.memoizer.workers.corrupt
             notes = f"; {_counted(corrupt, 'corrupt entry')} of the store set aside" if corrupt else ""
             failed = f", {_counted(len(self.failures), 'task')} failed" if self.failures else ""

@@ -23,6 +23,7 @@ from tvm.relax.vm_build import _vmcodegen
 from pipeline.compiler import ir, lifting, objects, passes, prepack, rewriting, targets
 from pipeline.compiler.folding import fold_scales
 from pipeline.compiler.layout import channels_last
+from pipeline.compiler.patterns import Pattern, group, of_libraries
 from pipeline.compiler.preparing import share_extents
 from pipeline.compiler.simplify import simplify
 from pipeline.errors import ModelError
@@ -45,7 +46,8 @@ CANONICALISE = (
 # How activations and the weights of convolutions lie in memory, by what `lower` is told.
 LAYOUTS: Mapping[str, tuple[Phase, ...]] = {"NHWC": (channels_last,), "as-is": ()}
 # 2. What depends on weights alone leaves the entry function: see pipeline.compiler.lifting.
-# 3. Operators become functions, each distinct call once.
+# 3. Operators that a library would take as one are grouped: see pipeline.compiler.patterns. Inference only.
+# 4. Operators become functions, each distinct call once.
 LEGALISE = (
     transform.CanonicalizeBindings(),
     transform.DeadCodeElimination(),
@@ -53,7 +55,7 @@ LEGALISE = (
     relax.backend.DispatchSortScan(),
     passes.legalize_once,
 )
-# 4. Neighbours are fused. Inference only: what prepares weights runs once.
+# 5. Neighbours are fused. Inference only: what prepares weights runs once.
 FUSE = (
     transform.AnnotateTIROpPattern(),
     transform.FuseOps(),
@@ -111,11 +113,15 @@ def lower(
     attributes: Mapping[str, object],
     watch: Watch = _unwatched,
     layout: str = "NHWC",
+    host: Mapping[str, object] | None = None,
+    patterns: Sequence[str] = (),
 ) -> Lowered:
     """Lowers a module whose entry function `main` takes the inputs and then the named weights, in order.
 
     `outputs` names what the entry function returns; `watch` is shown the module after each step. `layout` is one of
-    LAYOUTS: "NHWC" has convolutions computed channels-last, "as-is" leaves tensors as the model has them.
+    LAYOUTS: "NHWC" has convolutions computed channels-last, "as-is" leaves tensors as the model has them. `host` is
+    this machine as a target, where the target is another: weights are prepared here. `patterns` names the libraries by
+    whose patterns operators are grouped, in the order of choice.
     Raises ModelError for an operator that TVM cannot lower or a shape that is still open.
     """
     target = targets.load(attributes)
@@ -127,10 +133,11 @@ def lower(
     watch("canonical", mod)
     returned = _returned(mod, outputs)
     main, prepare, parted = lifting.modules(mod, ENTRY, PREPARE, count)
-    bytecode, functions, users = _finish(main, ENTRY, count, target, attributes, watch)
+    bytecode, functions, users = _finish(main, ENTRY, count, target, attributes, watch, of_libraries(patterns))
     preparation: bytes = b""
     if prepare:
-        preparation, preparing, _ = _finish(prepare, PREPARE, 0, target, attributes, watch)
+        here = attributes if host is None else host
+        preparation, preparing, _ = _finish(prepare, PREPARE, 0, targets.load(here), here, watch)
         functions |= {digest: _also_prepares(functions.get(digest), each) for digest, each in preparing.items()}
     return Lowered(
         inputs,
@@ -174,17 +181,19 @@ def _finish(
     target: tvm.target.Target,
     attributes: Mapping[str, object],
     watch: Watch,
+    patterns: Sequence[Pattern] = (),
 ) -> tuple[bytes, Functions, dict[int, tuple[str, int]]]:
-    """Legalises, fuses and finalises one module, whose entry function takes `inputs` inputs and then weights.
+    """Groups, legalises, fuses and finalises one module, whose entry function takes `inputs` inputs and then weights.
 
-    Returns its bytecode as an object; the functions that it calls; and for each weight that one function alone takes, and
-    may take in another layout, that function's digest and the index of its parameter.
+    Returns its bytecode as an object; the functions that it calls; and for each weight that one function alone takes,
+    and may take in another layout, that function's digest and the index of its parameter.
     """
     watch(f"{entry}_lifted", mod)
     skipped: frozenset[str] = frozenset()
     if entry == PREPARE:
         mod = _apply((share_extents,), mod, target)
         skipped = _needless(mod)
+    mod = group(mod, patterns)
     mod = _apply(LEGALISE, mod, target)
     watch(f"{entry}_legalised", mod)
     _require_legal(mod)
@@ -194,7 +203,7 @@ def _finish(
     places: dict[int, prepack.Place] = {}
     if entry == ENTRY:
         mod, places = prepack.mark_layout_free(mod, entry, inputs)
-    # 5. TVM's own last steps for a CPU: memory is planned, and calls become the virtual machine's.
+    # 6. TVM's own last steps for a CPU: memory is planned, and calls become the virtual machine's.
     last = [*cpu_generic.dataflow_lower_passes(target), *cpu_generic.finalize_passes(target)]
     last = [phase for phase in last if phase.info.name not in skipped]
     checks = next(i for i, phase in enumerate(last) if phase.info.name == "VMShapeLower")

@@ -11,9 +11,13 @@ module beside its records. A line that cannot be read is counted and left out.
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import tvm
@@ -23,6 +27,10 @@ from pipeline.compiler import ir
 from pipeline.compiler.prepack import LAYOUT_FREE
 from pipeline.errors import StoreError, last_line
 from pipeline.hashing import Digest
+from pipeline.platforms import architecture
+
+# Where the intrinsics are registered that traces for a processor name, among the modules of tvm.s_tir.tensor_intrin.
+_INTRINSICS = {"x86_64": "x86", "aarch64": "arm_cpu", "riscv64": "riscv_cpu"}
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,11 @@ def read_database(workloads: bytes, records: bytes) -> tuple[dict[str, Group], i
             bad += 1
     found: dict[str, tuple[Any, list[Any]]] = {}
     for each in _parsed(records):
-        index = each[0] if isinstance(each, list) and len(each) == 2 else None
-        if index not in modules or not _is_record(each[1]):
+        is_pair = isinstance(each, list) and len(each) == 2 and isinstance(each[0], int)
+        if not is_pair or each[0] not in modules or not _is_record(each[1]):
             bad += 1
             continue
-        digest, module = modules[index]
+        digest, module = modules[each[0]]
         found.setdefault(digest, (module, []))[1].append(each[1])
     return {digest: Group(module, tuple(listed)) for digest, (module, listed) in found.items()}, bad
 
@@ -77,7 +85,12 @@ def _parsed(lines: bytes) -> Iterator[Any]:
 
 
 def _is_record(written: Any) -> bool:
-    return isinstance(written, list) and len(written) == 4
+    """Whether something is trace, seconds of runs or null, target or null, and arguments."""
+    if not isinstance(written, list) or len(written) != 4:
+        return False
+    trace, runs, target, _ = written
+    are_seconds = runs is None or (isinstance(runs, list) and all(isinstance(run, int | float) for run in runs))
+    return isinstance(trace, list) and are_seconds and (target is None or isinstance(target, dict | str))
 
 
 def digest_of(func: tvm.tirx.PrimFunc) -> str:
@@ -96,15 +109,29 @@ def seconds_of(record: Any) -> float:
 
 
 def is_for(record: Any, target: tvm.target.Target) -> bool:
-    """Whether a record was measured on a target like this: of one kind, processor and set of features."""
-    recorded = tvm.target.Target(record[2]) if record[2] else None
+    """Whether a record was measured on a target like this: of one kind, processor, set of features and architecture.
+
+    MetaSchedule's targets often say no more than kind and processor; a triple counts where both have one.
+    """
+    try:
+        recorded = tvm.target.Target(record[2])
+    except Exception:  # one that this TVM does not know is not this one
+        return False
+    theirs, ours = _triple(recorded), _triple(target)
     return (
-        recorded is not None
-        and all(
-            str(recorded.attrs.get(name, "")) == str(target.attrs.get(name, "")) for name in ("mcpu", "mattr", "arch")
-        )
-        and recorded.kind.name == target.kind.name
+        recorded.kind.name == target.kind.name
+        and all(_attribute(recorded, name) == _attribute(target, name) for name in ("mcpu", "mattr", "arch"))
+        and not (theirs and ours and architecture(theirs) != architecture(ours))
     )
+
+
+def _attribute(target: tvm.target.Target, name: str) -> str | list[str]:
+    value = target.attrs.get(name) or ""
+    return str(value) if isinstance(value, str) else sorted(map(str, value))
+
+
+def _triple(target: tvm.target.Target) -> str:
+    return str(target.attrs.get("mtriple") or "")
 
 
 def replay_best(groups: Iterable[Group], target: tvm.target.Target) -> tuple[tvm.tirx.PrimFunc | None, Sequence[str]]:
@@ -119,18 +146,39 @@ def replay_best(groups: Iterable[Group], target: tvm.target.Target) -> tuple[tvm
             continue
         try:
             if is_for(record, target):
-                return _replayed(group, record), refusals
+                return _replayed(group, record, target), refusals
         except Exception as error:  # a trace that does not fit fails in any of TVM's ways
             refusals.append(last_line(error))
     return None, refusals
 
 
-def _replayed(group: Group, record: Any) -> tvm.tirx.PrimFunc:
-    if "Tensorize" in json.dumps(record[0]):
-        import tvm.s_tir.tensor_intrin.x86  # noqa: F401 - registers what the trace names
+def _replayed(group: Group, record: Any, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
+    if '"Tensorize"' in json.dumps(record[0]):
+        _register_intrinsics(target)
     workload = meta_schedule.database.Workload.from_json(group.workload)
     schedule = tvm.s_tir.Schedule(workload.mod)
     trace = meta_schedule.database.TuningRecord.from_json(record, workload).trace
     trace.apply_to_schedule(schedule, remove_postproc=False)
     (made,) = schedule.mod.functions.values()
     return made
+
+
+def _register_intrinsics(target: tvm.target.Target) -> None:
+    """Registers the intrinsics of a target's processor, and of no other.
+
+    To import the package `tvm.s_tir.tensor_intrin` takes half a minute, for those of CUDA. So a module that stands for
+    it lets the one that is needed be imported alone, and is gone afterwards: the package can still be imported.
+    """
+    package = "tvm.s_tir.tensor_intrin"
+    triple = _triple(target) or str(tvm.target.codegen.llvm_get_system_triple())
+    name = _INTRINSICS.get(architecture(triple)) if target.kind.name == "llvm" else None
+    if name is None or package in sys.modules:
+        importlib.import_module(package)
+        return
+    standing_in = ModuleType(package)
+    standing_in.__path__ = [str(Path(tvm.__file__).parent / "s_tir" / "tensor_intrin")]
+    sys.modules[package] = standing_in
+    try:
+        importlib.import_module(f"{package}.{name}")
+    finally:
+        del sys.modules[package]

@@ -7,9 +7,11 @@
     records   a database, workloads        → the tuning records of each
     shim      a library's C++              → the object that calls the library
     apply     workload, strategy, target   → a candidate function, or not applicable
-    codegen   function, target             → one object
+    codegen   function, target             → one object, or C, and device code
+    cc        C                            → one object
     measure   compiled candidates          → which are right, and how fast
     pack      preparation, weights         → weights as the entry function wants them
+    embed     bytecode, device code        → the object that carries both
     link      objects                      → one shared library
     check     library, weights, model      → how far the outputs are from a reference's
     profile   library, weights             → where the time of an inference goes
@@ -104,7 +106,7 @@ class Stage:
 
 _TVM = ("tvm", "tvm-ffi", "libtvm")
 
-RESOLVE = Stage("resolve", 1, Kind.BINARY, Home.COMPILER, (*_TVM, "host"))
+RESOLVE = Stage("resolve", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "host"))
 READ = Stage("read", 1, Kind.SOURCE, Home.COMPILER)
 EXTRACT = Stage("extract", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "onnxsim", "torch"))
 BINDINGS = Stage("bindings", 1, Kind.BINARY, Home.COMPILER, _TVM)
@@ -112,14 +114,16 @@ RECORDS = Stage("records", 1, Kind.BINARY, Home.COMPILER, _TVM)
 SHIM = Stage("shim", 1, Kind.BINARY, Home.FRESH, ("cc",))
 APPLY = Stage("apply", 2, Kind.BINARY, Home.COMPILER, _TVM)
 CODEGEN = Stage("codegen", 2, Kind.BINARY, Home.COMPILER, _TVM)
+CC = Stage("cc", 1, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
 MEASURE = Stage("measure", 1, Kind.DECISION, Home.FRESH, alone=True)
 PACK = Stage("pack", 2, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
+EMBED = Stage("embed", 1, Kind.BINARY, Home.COMPILER, _TVM)
 LINK = Stage("link", 2, Kind.BINARY, Home.INLINE, ("cc",))
 CHECK = Stage("check", 2, Kind.BINARY, Home.FRESH, (*_TVM, "host", "onnx", "onnxruntime", "torch"))
 PROFILE = Stage("profile", 1, Kind.DECISION, Home.FRESH, alone=True)
-DUMP = Stage("dump", 1, Kind.BINARY, Home.COMPILER, EXTRACT.tools)
+DUMP = Stage("dump", 2, Kind.BINARY, Home.COMPILER, EXTRACT.tools)
 
 STAGES = (
-    *(RESOLVE, READ, EXTRACT, BINDINGS, RECORDS, SHIM, APPLY, CODEGEN, MEASURE),
-    *(PACK, LINK, CHECK, PROFILE, DUMP),
+    *(RESOLVE, READ, EXTRACT, BINDINGS, RECORDS, SHIM, APPLY, CODEGEN, CC, MEASURE),
+    *(PACK, EMBED, LINK, CHECK, PROFILE, DUMP),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import cast
 
 import msgspec
@@ -46,9 +45,14 @@ def _spec(name: str, packing: object) -> TensorSpec:
     return TensorSpec(name, tuple(int(extent) for extent in ty.shape), str(ty.dtype))
 
 
-@functools.cache
+_shims: dict[tuple[str, bytes], Shim] = {}  # a worker asks one library many times
+
+
 def _loaded(library: Library, compiled: bytes) -> Shim:
-    return libraries.load_shim(library, compiled, installed_of(library), driver())
+    known = (library.name, compiled)
+    if known not in _shims:
+        _shims[known] = libraries.load_shim(library, compiled, installed_of(library), driver())
+    return _shims[known]
 
 
 def strategy_of(inputs: Inputs, options: Options) -> Strategy:

@@ -72,4 +72,5 @@ def lower_skeleton(skeleton: bytes, options: Options, **watch: Watch) -> tuple[L
         mod, returned = relax.load(skeleton)
     attributes = cast("dict[str, object]", options["target"])
     layout = cast(str, options.get("layout", "NHWC"))
-    return lower(mod, [*weights, *constants], returned, attributes, layout=layout, **watch), constants
+    host = cast("dict[str, object] | None", options.get("host"))
+    return lower(mod, [*weights, *constants], returned, attributes, layout=layout, host=host, **watch), constants

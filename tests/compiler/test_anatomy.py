@@ -11,7 +11,7 @@ from tvm import relax, te, tirx
 from tvm.relax import transform
 from tvm.script import tirx as T  # noqa: N812
 
-from pipeline.compiler import activations, anatomy, ir, windows
+from pipeline.compiler import activations, anatomy, ir, products, windows
 
 op = relax.op
 
@@ -55,8 +55,8 @@ def test_a_convolution() -> None:
         lambda emit, x, w: conv(emit, x, w, strides=[2, 1], padding=[1, 0, 2, 1], dilation=[1, 2]),
         [(2, 14, 12, 16), (3, 5, 16, 32)],
     )
-    read = anatomy.convolution(found.core)
-    assert read == anatomy.Convolution(
+    read = products.convolution(found.core)
+    assert read == products.Convolution(
         source="nhwc",
         weight="hwio",
         result="nhwc",
@@ -88,7 +88,7 @@ def test_layouts_and_groups(layout: str, kernel: str, groups: int, weight: tuple
     found = dissected(
         lambda emit, x, w: op.nn.conv2d(x, w, groups=groups, data_layout=layout, kernel_layout=kernel), [shape, weight]
     )
-    read = anatomy.convolution(found.core)
+    read = products.convolution(found.core)
     assert read is not None
     assert (read.source, read.weight, read.groups) == (layout.lower(), kernel.lower(), groups)
     assert read.channels == (12, weight[kernel.index("O")])
@@ -96,7 +96,7 @@ def test_layouts_and_groups(layout: str, kernel: str, groups: int, weight: tuple
 
 def test_three_dimensions() -> None:
     found = dissected(lambda emit, x, w: op.nn.conv3d(x, w, padding=1), [(1, 4, 6, 7, 8), (8, 4, 3, 3, 3)])
-    read = anatomy.convolution(found.core)
+    read = products.convolution(found.core)
     assert read is not None
     assert (read.source, read.kernel, read.before) == ("ncdhw", (3, 3, 3), (1, 1, 1))
 
@@ -144,9 +144,9 @@ def test_an_unknown_step_ends_the_chain() -> None:
 
 def test_a_product_of_matrices() -> None:
     found = dissected(lambda emit, x, w, b: op.add(emit(op.matmul(x, w)), b), [(2, 40, 12), (12, 36), (36,)])
-    assert anatomy.convolution(found.core) is None
+    assert products.convolution(found.core) is None
     (bias,) = [step.operand for step in found.cuts[-1].steps if step.operand is not None]
-    axes = anatomy.contraction(found.core, [bias])
+    axes = products.contraction(found.core, [bias])
     assert axes is not None
     assert [(axis.role, axis.extent, axis.operands) for axis in axes] == [
         ("m", 80, (0,)),
@@ -158,7 +158,7 @@ def test_a_product_of_matrices() -> None:
 
 def test_batches() -> None:
     found = dissected(lambda emit, x, w: op.matmul(x, w), [(4, 8, 40, 15), (8, 15, 20)])
-    axes = anatomy.contraction(found.core)
+    axes = products.contraction(found.core)
     assert axes is not None
     assert [(axis.role, axis.extent) for axis in axes] == [("m", 4), ("b", 8), ("m", 40), ("n", 20), ("k", 15)]
 
@@ -233,7 +233,7 @@ def f32(value: float) -> tirx.Expr:
         (tirx.min(tirx.max(VARIABLE, f32(-1)), f32(1)), ("clip", (-1.0, 1.0))),
         (VARIABLE * f32(3) + f32(1), ("linear", (3.0, 1.0))),
         (f32(2) - VARIABLE, ("linear", (-1.0, 2.0))),
-        (tirx.Select(VARIABLE > f32(0), VARIABLE, VARIABLE * f32(0.2)), ("leaky", (0.2,))),
+        (tirx.Select(f32(0) < VARIABLE, VARIABLE, VARIABLE * f32(0.2)), ("leaky", (0.2,))),
         (tirx.sigmoid(VARIABLE), ("sigmoid", ())),
         (f32(1) / (f32(1) + tirx.exp(f32(0) - VARIABLE)), ("sigmoid", ())),
         (VARIABLE * tirx.sigmoid(VARIABLE * f32(1.702)), ("swish", (1.702,))),
@@ -241,7 +241,7 @@ def f32(value: float) -> tirx.Expr:
         (VARIABLE * VARIABLE, ("square", ())),
         (tirx.exp(VARIABLE), ("exp", ())),
         (tirx.max(VARIABLE, f32(0.05)) - f32(0.05), None),
-        (tirx.Select(VARIABLE > f32(0.05), VARIABLE, f32(0)), None),
+        (tirx.Select(f32(0.05) < VARIABLE, VARIABLE, f32(0)), None),
         (tirx.sin(VARIABLE), None),
         (VARIABLE * VARIABLE * VARIABLE, None),
         (VARIABLE * tirx.erf(VARIABLE), None),
@@ -281,7 +281,8 @@ def test_a_sum_divided_by_something_else_is_no_mean() -> None:
     r = te.reduce_axis((0, 3), "r")
     total = te.compute((1, 3, 4), lambda n, v, c: te.sum(x[n, v * 3 + r, c], axis=r))
     for divisor, wanted in ((3.0, "mean"), (2.0, None)):
-        y = te.compute((1, 3, 4), lambda n, v, c, d=divisor: total[n, v, c] / tirx.const(d, "float32"))
+        number = tirx.const(divisor, "float32")
+        y = te.compute((1, 3, 4), lambda n, v, c: total[n, v, c] / number)  # noqa: B023
         found = windows.pooling(te.create_prim_func([x, y]))
         assert (found.of if found else None) == wanted
 

@@ -17,6 +17,7 @@ from pipeline.compiler.libraries.contract import Installed, Library, Shim
 from pipeline.compiler.libraries.onednn import OneDNN
 from pipeline.compiler.libraries.openblas import OpenBLAS
 from pipeline.compiler.libraries.shims import POOL, compile_shim, compile_source, load_shim
+from pipeline.compiler.libraries.xnnpack import XNNPACK
 
 __all__ = [
     "LIBRARIES",
@@ -30,7 +31,7 @@ __all__ = [
     "load_shim",
 ]
 
-LIBRARIES: tuple[Library, ...] = (OneDNN(), OpenBLAS())
+LIBRARIES: tuple[Library, ...] = (OneDNN(), OpenBLAS(), XNNPACK())
 
 
 def by_name(name: str) -> Library:

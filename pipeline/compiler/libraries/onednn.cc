@@ -182,6 +182,15 @@ Formats product(const Description& d, const Steps& steps, const memory::desc& we
   return formats<dnnl::matmul>(dnnl::matmul::primitive_desc(engine(), x, weight, steps.bias, y, steps.attributes));
 }
 
+// The result, after a look at the dimensions of all tensors.
+Tensor result(const Description& d) {
+  const std::size_t dimensions = d.tensor_at("y").extents.size();
+  if (dimensions < 2 || d.tensor_at("x", dimensions).size() == 0 || d.tensor_at("w", dimensions).size() == 0) {
+    throw std::invalid_argument("dimensions");
+  }
+  return d.tensor_at("y", dimensions);
+}
+
 // The dimension of the result that a bias goes along.
 std::size_t channel(const Description& d) { return d.kind == "conv" ? 1 : d.tensor_at("y").extents.size() - 1; }
 
@@ -189,7 +198,7 @@ std::size_t channel(const Description& d) { return d.kind == "conv" ? 1 : d.tens
 class Operator {
  public:
   explicit Operator(const Description& d)
-      : steps_(d.steps, d.tensor_at("y"), channel(d), d.kind == "conv"),
+      : steps_(d.steps, result(d), channel(d), d.kind == "conv"),
         plain_(described(d.kind == "conv" ? grouped(d.tensor_at("w"), d.at("groups")[0]) : d.tensor_at("w"))) {
     const memory::desc any(plain_.get_dims(), plain_.get_data_type(), memory::format_tag::any);
     const auto make = d.kind == "conv" ? convolution : product;

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.compiler.libraries import wording
 from pipeline.compiler.libraries.contract import Installed, Shim
-from pipeline.compiler.libraries.locations import package_version, prefixes, threads_of
+from pipeline.compiler.libraries.locations import package_version, prefixes, runs_here, threads_of
 from pipeline.compiler.libraries.wording import Words
 
 if TYPE_CHECKING:
@@ -47,9 +47,11 @@ class OneDNN:
         return None
 
     def match(self, func: tvm.tirx.PrimFunc, target: tvm.target.Target, shim: Shim) -> tvm.tirx.PrimFunc | None:
-        from pipeline.compiler import anatomy as anatomies
+        from pipeline.compiler.anatomy import dissect
 
-        anatomy = anatomies.dissect(func)
+        if not runs_here(target):
+            return None
+        anatomy = dissect(func)
         if anatomy is None:
             return _mapping(func, shim, threads_of(target))
         for cut in reversed(anatomy.cuts):
@@ -85,13 +87,13 @@ class _Problem:
 
 def _problem(anatomy: Anatomy, cut: Cut) -> _Problem | None:
     """The core and the steps up to a cut as oneDNN is asked for them; None where they are nothing for it."""
-    from pipeline.compiler import anatomy as anatomies
+    from pipeline.compiler import products
 
     core = anatomy.core
     operands = tuple(step.operand.buffer for step in cut.steps if step.operand is not None)
     if len(operands) > _OPERANDS:
         return None
-    convolution = anatomies.convolution(core)
+    convolution = products.convolution(core)
     kind = "matmul" if convolution is None else "conv"
     words = wording.product_words(core, cut) if convolution is None else wording.convolution_words(convolution, cut)
     return None if words is None else _Problem(kind, words, core.left, core.right, cut.result, operands)

@@ -21,6 +21,14 @@
 #define BLAS(name) name
 #endif
 
+// The loops over elements, for the vectors of the processor that they run on: who compiles does not know which.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TVMAKE_FOR_EACH_ISA __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define TVMAKE_FOR_EACH_ISA
+#endif
+#define TVMAKE_INLINE __attribute__((always_inline)) inline
+
 namespace {
 
 using tvmake::Description;
@@ -81,7 +89,8 @@ int64_t broadcast(int64_t extent, int64_t stride) { return extent == 1 ? 0 : str
 class Product {
  public:
   explicit Product(const Description& d)
-      : x_(d.tensor_at("x")), w_(d.tensor_at("w")), y_(d.tensor_at("y")) {
+      : y_(d.tensor_at("y")), x_(d.tensor_at("x", y_.extents.size())), w_(d.tensor_at("w", y_.extents.size())) {
+    if (d.kind != "matmul" || y_.extents.size() < 2) throw std::invalid_argument(d.kind);
     // A process that uses OpenBLAS elsewhere has that one under another name, with threads of its own.
     BLAS(openblas_set_num_threads)(1);
     left_ = last_two(x_), right_ = last_two(w_), result_ = last_two(y_);
@@ -167,7 +176,7 @@ class Product {
     }
   }
 
-  static void apply(const After& step, float* c, int64_t n, const float* operand) {
+  TVMAKE_FOR_EACH_ISA static void apply(const After& step, float* c, int64_t n, const float* operand) {
     const float a = step.a, b = step.b;
     switch (step.kind) {
       case Kind::Relu: return each(c, n, [](float v) { return v > 0 ? v : 0; });
@@ -186,12 +195,12 @@ class Product {
   }
 
   template <typename F>
-  static void each(float* c, int64_t n, F f) {
+  TVMAKE_INLINE static void each(float* c, int64_t n, F f) {
     for (int64_t i = 0; i < n; ++i) c[i] = f(c[i]);
   }
 
   template <typename F>
-  static void both(float* c, int64_t n, const float* operand, int64_t stride, F f) {
+  TVMAKE_INLINE static void both(float* c, int64_t n, const float* operand, int64_t stride, F f) {
     if (stride == 1) {
       for (int64_t i = 0; i < n; ++i) c[i] = f(c[i], operand[i]);
     } else {
@@ -199,7 +208,7 @@ class Product {
     }
   }
 
-  Tensor x_, w_, y_;
+  Tensor y_, x_, w_;
   Matrix left_, right_, result_;
   bool is_turned_ = false;
   int64_t batches_ = 1;

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.compiler.libraries import wording
 from pipeline.compiler.libraries.contract import Installed, Shim
-from pipeline.compiler.libraries.locations import package_version, prefixes, threads_of
+from pipeline.compiler.libraries.locations import package_version, prefixes, runs_here, threads_of
 
 if TYPE_CHECKING:
     import tvm
@@ -53,9 +53,9 @@ class OpenBLAS:
         return None
 
     def match(self, func: tvm.tirx.PrimFunc, target: tvm.target.Target, shim: Shim) -> tvm.tirx.PrimFunc | None:
-        from pipeline.compiler import anatomy as anatomies
+        from pipeline.compiler.anatomy import dissect
 
-        anatomy = anatomies.dissect(func)
+        anatomy = dissect(func) if runs_here(target) else None
         if anatomy is None:
             return None
         for cut in reversed(anatomy.cuts):

@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -68,8 +69,27 @@ struct Tensor {
   }
 };
 
+// Whether no two places of a tensor are the same element. A product may read one whose rows overlap, such as the windows
+// of a convolution; libraries do not.
+inline bool is_without_overlap(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, extent
+  for (std::size_t i = 0; i < tensor.extents.size(); ++i) {
+    if (tensor.extents[i] > 1) dimensions.emplace_back(tensor.strides[i], tensor.extents[i]);
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t end = 1;
+  for (const auto& [stride, extent] : dimensions) {
+    if (stride < end) return false;
+    end = stride * extent;
+  }
+  return true;
+}
+
 inline Tensor tensor(const std::string& extents, const std::string& strides) {
-  return {numbers(extents), numbers(strides)};
+  Tensor made{numbers(extents), numbers(strides)};
+  if (made.extents.size() != made.strides.size()) throw std::invalid_argument("extents and strides");
+  if (!is_without_overlap(made)) throw std::invalid_argument("overlap");
+  return made;
 }
 
 // One thing done to the result: "add:1x32x1x1:32x1x1x1" has an operand, "clip:0:6" numbers.
@@ -116,6 +136,15 @@ class Description {
       if (known == name) return text;
     }
     return "";
+  }
+
+  // Tensors of the same number of dimensions, which that of the steps' operands is as well.
+  Tensor tensor_at(const char* name, std::size_t dimensions) const {
+    const Tensor found = tensor_at(name);
+    bool agree = found.extents.size() == dimensions;
+    for (const Step& each : steps) agree = agree && (!each.has_operand || each.operand.extents.size() == dimensions);
+    if (!agree) throw std::invalid_argument(std::string("dimensions of ") + name);
+    return found;
   }
 
   Numbers at(const char* name) const { return numbers(required(name)); }

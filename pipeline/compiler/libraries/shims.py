@@ -32,7 +32,7 @@ def compile_source(source: Path, installed: Installed, driver: str) -> bytes:
         for file in (source, HEADER):
             (folder / file.name).write_bytes(file.read_bytes())
         includes = [f"-I{path}" for path in installed.includes]
-        options = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", *installed.flags, *includes]
+        options = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", *installed.flags, *includes]
         _run([driver, *options, "-c", "-o", "shim.o", source.name], folder, f"{source.name} does not compile")
         return (folder / "shim.o").read_bytes()
 

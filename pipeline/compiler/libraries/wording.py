@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.compiler.anatomy import Convolution, Core, Cut
+    from pipeline.compiler.anatomy import Core, Cut
+    from pipeline.compiler.products import Convolution
     from pipeline.compiler.windows import Pooling, Softmax
 
 Words = tuple[tuple[str, object], ...]
@@ -90,7 +91,7 @@ def _view(layout: str, extents: dict[str, int], order: str) -> View:
 
 def product_words(core: Core, cut: Cut) -> Words | None:
     """A product of matrices as batch..., m, k times batch..., k, n; None where it is none."""
-    from pipeline.compiler.anatomy import Axis, contraction
+    from pipeline.compiler.products import Axis, contraction
 
     operands = [each.operand for each in cut.steps if each.operand is not None]
     axes = contraction(core, operands)

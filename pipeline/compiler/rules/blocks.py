@@ -104,13 +104,16 @@ def product(extents: Iterable[int]) -> int:
 
 
 def read(sch: s_tir.Schedule, rv: SBlockRV) -> Block | None:
-    """The block as a record; None where it is no plain nest of constant extents with one store."""
+    """The block as a record; None where it is no plain nest of constant extents with one store to a place of its
+    own."""
     stmt = sch.get(rv)
     if not isinstance(stmt.body, tirx.BufferStore) or len(stmt.match_buffers) or len(stmt.alloc_buffers):
         return None
     if len(sch.get_loops(rv)) != len(stmt.iter_vars):
         return None
-    spatial, reduced, kinds = [], [], ""
+    spatial: list[Axis] = []
+    reduced: list[Axis] = []
+    kinds = ""
     for axis in stmt.iter_vars:
         extent = axis.dom.extent
         if not isinstance(extent, tirx.IntImm) or int(axis.dom.min) or axis.iter_type not in (0, 2):
@@ -119,9 +122,14 @@ def read(sch: s_tir.Schedule, rv: SBlockRV) -> Block | None:
         kinds += "R" if axis.iter_type == 2 else "S"
     if any(not isinstance(extent, tirx.IntImm) for extent in stmt.body.buffer.shape):
         return None
-    if bool(reduced) != (stmt.init is not None):
-        return None
-    return Block(rv, stmt, tuple(spatial), tuple(reduced), kinds)
+    block = Block(rv, stmt, tuple(spatial), tuple(reduced), kinds)
+    return block if bool(reduced) == block.is_reduction and not _updates_in_place(block) else None
+
+
+def _updates_in_place(block: Block) -> bool:
+    """Whether a block without a reduction reads what it overwrites: then no point may be worked out twice."""
+    reads = terms.nodes(block.store.value, ir.TensorLoad)
+    return not block.is_reduction and any(load.source.same_as(block.target) for load in reads)
 
 
 def all_blocks(sch: s_tir.Schedule) -> list[Block] | None:

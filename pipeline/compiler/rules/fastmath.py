@@ -1,4 +1,4 @@
-"""exp, sigmoid, tanh and erf of float32 as arithmetic that LLVM vectorises, in place of a call for each element.
+"""exp, sigmoid, tanh, erf and some powers of float32 as arithmetic that LLVM vectorises, not a call for each element.
 
     exp(x)  →  2^n * (1 + r + r² P(r)),  n = round(x / ln 2), r = x - n ln 2
 
@@ -26,6 +26,7 @@ _LOG_ERFC = (
     *(0.000183442838, -1.12955682, -0.633262626, -0.108372463),
     *(0.0251789577, -0.00419360712, 0.000439105526, -2.14960378e-05),
 )
+_ROOTS = frozenset({0.25, 0.5, 0.75})
 # ln 2 in two parts, the first exact in few bits, so that n * first is exact.
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
@@ -36,8 +37,13 @@ def vectorizable(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
 
 def _replaced(call: Any) -> Any:
-    make = _FUNCTIONS.get(terms.function_name(call))
-    return make(call.args[0]) if make and terms.dtype(call) == "float32" else call
+    name = terms.function_name(call)
+    if terms.dtype(call) != "float32":
+        return call
+    if name == "pow" and isinstance(call.args[1], tirx.FloatImm) and float(call.args[1].value) in _ROOTS:
+        return _pow(call.args[0], float(call.args[1].value))
+    make = _FUNCTIONS.get(name)
+    return make(call.args[0]) if make else call
 
 
 def _let(value: Any, body: Callable[[Any], Any]) -> Any:
@@ -102,6 +108,18 @@ def _erf(x: Any) -> Any:
         far = tirx.Select(tirx.abs(x) > _f(4), _f(4), tirx.abs(x))
         large = _f(1) - _let(far, lambda a: _exp(_polynomial(a, _LOG_ERFC)))
         return tirx.Select(tirx.abs(x) < _f(1), small, _signed(large, x))
+
+    return _let(x, of)
+
+
+def _pow(x: Any, exponent: float) -> Any:
+    """x to a quarter, a half or three quarters: roots, which processors have."""
+
+    def of(x: Any) -> Any:
+        root = tirx.sqrt(x)
+        value = {0.5: root, 0.25: tirx.sqrt(root), 0.75: root * tirx.sqrt(root)}[exponent]
+        infinity = _f(float("inf"))  # pow says that a power of minus infinity is infinite, where a root is NaN
+        return tirx.Select(x == -infinity, infinity, value)
 
     return _let(x, of)
 

@@ -76,7 +76,7 @@ def _is_contiguous(block: Block, count: int) -> bool:
     if _is_conditional(block, last):
         return False
     steps = [_step(access, place, merged, block) for access in (block.result, *block.loads)]
-    return steps[0] == 1 and all(step in (0, 1) for step in steps) or merged.extent == 1
+    return merged.extent == 1 or (steps[0] == 1 and all(step in (0, 1) for step in steps))
 
 
 def _step(access: Access, place: dict[Any, Any], merged: Axis, block: Block) -> int | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import s_tir, tirx
 
+from pipeline.compiler.prepack import layout_free
 from pipeline.compiler.rules import blocks, injective, inline, lanes, rows, tiles
 from pipeline.compiler.rules.blocks import Block
 from pipeline.compiler.rules.machine import Machine, machine
@@ -46,13 +47,14 @@ def schedule(func: tirx.PrimFunc, target: tvm.target.Target) -> s_tir.Schedule |
     stages = partition(found) if found else None
     if stages is None:
         return None
+    free = [func.params[i] for i in sorted(layout_free(func))]
     sch, cut = _cut(sch, stages, cpu)
     by_name = {block.name: block for block in blocks.all_blocks(sch) or ()}
     for stage in stages:
         own = [by_name[block.name] for block in stage.blocks]
         if stage.kind is Kind.TILES:
             inside = [by_name[block.name] for block in stage.made_inside]
-            tiles.schedule(sch, own[0], own[1] if len(own) > 1 else None, inside, cpu)
+            tiles.schedule(sch, own[0], own[1] if len(own) > 1 else None, inside, free, cpu)
         elif stage.kind is Kind.ROWS:
             rows.schedule(sch, own, cut, cpu)
         else:
@@ -90,9 +92,7 @@ def _made_inside(name: str, found: Sequence[Block]) -> tuple[Block, ...]:
     """The elementwise blocks that only one reduction reads."""
     reduction = next(block for block in found if block.name == name)
     producers = [block for block in found if not block.is_reduction and blocks.reads(reduction, block.target)]
-    return tuple(
-        block for block in producers if sum(blocks.reads(other, block.target) for other in found) == 1
-    )
+    return tuple(block for block in producers if sum(blocks.reads(other, block.target) for other in found) == 1)
 
 
 def _epilogue(block: Block, found: Sequence[Block]) -> Block | None:

@@ -15,8 +15,7 @@ convolution runs over the whole image. Tiles that do not divide are left to pipe
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,7 @@ _LATENCY = 4  # steps until a result of the vector unit can be used again, with 
 _LOAD = 0.6  # a vector or a broadcast; two can start in each step, where the first cache has them
 _OVERHEAD = 1.0  # what a step of the innermost loop costs besides
 
+_WIDEST = 6  # vectors of a row of a weight that is laid out anew
 _MOST_NODES = 600  # of an unrolled elementwise part
 
 
@@ -59,9 +59,16 @@ def suits(block: Block) -> bool:
 
 
 def schedule(
-    sch: s_tir.Schedule, block: Block, epilogue: Block | None, producers: Sequence[Block], machine: Machine
+    sch: s_tir.Schedule,
+    block: Block,
+    epilogue: Block | None,
+    producers: Sequence[Block],
+    free: Sequence[Any],
+    machine: Machine,
 ) -> None:
-    """Schedules a reduction that suits, the elementwise block behind it, and those that only it reads."""
+    """Schedules a reduction that suits, the elementwise block behind it, and those that only it reads.
+
+    `free` are the parameters that may be laid out anew."""
     is_parallel = work.is_worth_threads([block, epilogue] if epilogue else [block])
     tail = _own_buffer(sch, block, epilogue)
     groups = _groups(block, tail)
@@ -70,7 +77,11 @@ def schedule(
     _collapse(sch, tail, groups, [])
     block, tail = _reread(sch, block), _reread(sch, tail)
     block, tail = _part_channels(sch, block, tail)
-    _Nest(sch, block, tail, producers, choose(block, machine), machine).build(is_parallel)
+    weight = _free_weight(block, free)
+    tile = choose(block, machine, divides=weight is not None)
+    if weight is not None and block.spatial[-1].extent % tile.width == 0:
+        _lay_out(sch, block, weight, tile.width)
+    _Nest(sch, block, tail, producers, tile, machine).build(is_parallel)
 
 
 def _can_vectorize(block: Block) -> bool:
@@ -102,8 +113,8 @@ def _own_buffer(sch: s_tir.Schedule, block: Block, epilogue: Block | None) -> Bl
 def _part_channels(sch: s_tir.Schedule, block: Block, tail: Block) -> tuple[Block, Block]:
     """Where the last axis is cut into groups of channels, makes the group an axis of its own, before all others.
 
-        y[p, c], c in range(272), that reads x[p, c // 68 * 68 + k]
-        →  y[g, p, c], g in range(4), c in range(68), that reads x[p, g * 68 + k]
+    y[p, c], c in range(272), that reads x[p, c // 68 * 68 + k]
+    →  y[g, p, c], g in range(4), c in range(68), that reads x[p, g * 68 + k]
     """
     natural, last = _natural(block), len(block.spatial) - 1
     if not natural or any(axis.extent == 1 for axis in block.spatial):
@@ -165,7 +176,7 @@ def _collapse(sch: s_tir.Schedule, block: Block, spatial: list[list[int]], reduc
     axes = {"S": block.spatial, "R": block.reduced}
 
     def index_map(*variables: Any) -> list[Any]:
-        at = {place: variable for place, variable in zip(where, variables, strict=True)}
+        at = dict(zip(where, variables, strict=True))
 
         def merged(kind: str, group: list[int]) -> Any:
             return _flat([(at[kind, i], axes[kind][i].extent) for i in group])
@@ -195,25 +206,62 @@ def _flat(parts: list[tuple[Any, int]]) -> Any:
     return index
 
 
-def choose(block: Block, machine: Machine) -> Tile:
-    """The tile with the least work for the whole, what is done twice at the ends included."""
+def _free_weight(block: Block, free: Sequence[Any]) -> int | None:
+    """Which of a block's inputs is a weight that may be laid out anew: one whose last dimension is the last axis."""
+    last = block.spatial[-1].var
+    for index, buffer in enumerate(block.inputs):
+        loads = [load for load in block.loads if load.buffer.same_as(buffer)]
+        is_last = len(loads) == 1 and loads[0].indices[-1].same_as(last)
+        if is_last and any(buffer.same_as(each) for each in free) and not _natural(block):
+            return index
+    return None
+
+
+def _lay_out(sch: s_tir.Schedule, block: Block, weight: int, width: int) -> None:
+    """Copies a weight so that a tile reads it in order. The copy is marked as one that may run once, ahead.
+
+    f[kh, kw, k, c]  →  packed[c // 32, kh, kw, k, c % 32]
+    """
+
+    def index_map(*indices: Any) -> list[Any]:
+        return [tirx.floordiv(indices[-1], width), *indices[:-1], tirx.floormod(indices[-1], width)]
+
+    buffer = block.inputs[weight]
+    place = next(i for i, region in enumerate(sch.get(block.rv).reads) if region.source.same_as(buffer))
+    copy = sch.cache_read(block.rv, place, "global")
+    dtype = terms.dtype(block.spatial[0].var)
+    packed = tirx.IndexMap.from_func(index_map, len(buffer.shape), index_dtype=dtype)
+    sch.transform_layout(copy, ("write", 0), packed)
+    sch.annotate(copy, "meta_schedule.layout_rewrite_preproc", True)
+
+
+def choose(block: Block, machine: Machine, *, divides: bool = False) -> Tile:
+    """The tile with the least work for the whole, what is done twice at the ends included.
+
+    With `divides`, a width that divides the last axis is preferred to a slightly better one."""
+    last = block.spatial[-1]
+    candidates = list(_tiles(block, machine))
+    cost, tile = min(candidates, key=lambda candidate: candidate[0])
+    exact = [each for each in candidates if last.extent % each[1].width == 0 and each[1].vectors <= _WIDEST]
+    if divides and exact:
+        near, other = min(exact, key=lambda candidate: candidate[0])
+        return other if near <= 1.1 * cost else tile
+    return tile
+
+
+def _tiles(block: Block, machine: Machine) -> Iterator[tuple[float, Tile]]:
+    """The tiles that fit the registers, each with what the whole costs."""
     limit = machine.accumulators(block.dtype)
     *outer, last = block.spatial
     across = outer[-1].extent if outer else 1
     down = outer[-2].extent if len(outer) > 1 else 1
     lanes, most = _lanes(block, machine)
-    best: tuple[float, Tile] = (math.inf, Tile(1, lanes, 1, 1))
-    for vectors in range(1, min(limit, most) + 1):
-        if most % vectors and _natural(block):
-            continue
+    for vectors in (n for n in range(1, min(limit, most) + 1) if most % n == 0 or not _natural(block)):
         for wide in range(1, min(across, limit // vectors) + 1):
             downs = range(1, min(down, limit // vectors // wide) + 1) if wide == across else (1,)
             for deep in (n for n in downs if down % n == 0):
                 tiles = -(-last.extent // (vectors * lanes)) * -(-across // wide) * -(-down // deep)
-                cost = tiles * _step(block, vectors, wide, deep)
-                if cost < best[0] * 0.99:
-                    best = cost, Tile(vectors, lanes, wide, deep)
-    return best[1]
+                yield tiles * _step(block, vectors, wide, deep), Tile(vectors, lanes, wide, deep)
 
 
 def _natural(block: Block) -> int:
@@ -292,14 +340,18 @@ class _Nest:
             return outer[-1] if outer else wide, None
         spread = outer[:-1] if len(outer) > 1 else outer
         rest = outer[len(spread) :]
-        rows = sch.fuse(*spread) if len(spread) > 1 else spread[0]
-        count = int(sch.get(rows).extent)
-        chunk = _divisor(count, max(1, count // self.machine.chunks()))
-        part, row = sch.split(rows, [None, chunk])
-        sch.reorder(part, wide, row, *rest)
+        count = blocks.product(int(sch.get(loop).extent) for loop in spread)
+        chunk = _divisor(int(sch.get(spread[-1]).extent), max(1, count // self.machine.chunks()))
+        # Cut before merging: an axis that runs across the borders of merged ones is more than TVM can follow.
+        *before, last = spread
+        last, row = sch.split(last, [None, chunk])
+        sch.reorder(*before, last, wide, row, *rest)
+        part = sch.fuse(*before, last) if before else last
         if is_parallel:
             sch.parallel(part)
-        return rest[-1] if rest else row, part
+        # Where the last tile of a part moves back, what is made inside the part would lie elsewhere.
+        moves = not rest and self.block.spatial[-2].extent % self.tile.across != 0
+        return rest[-1] if rest else row, None if moves else part
 
     def _make_inside(self, producer: Block, part: LoopRV) -> None:
         """A block that only this reduction reads, such as padding, is made where it is used, a part at a time."""

@@ -49,6 +49,7 @@ STRATEGIES: tuple[Strategy, ...] = (Rules(), Default())
 ORDER = ("manual", "library", "tuned", "rules", "default")
 
 _DONE = "tirx.is_scheduled"
+_MODULES_OWN = ("global_symbol", "target")  # attributes that say nothing of what a function computes
 
 
 def by_name(name: str) -> Strategy:
@@ -71,13 +72,26 @@ def as_pass(strategy: Strategy) -> Any:
 
 
 def _scheduled(strategy: Strategy, func: tvm.ir.BaseFunc) -> tvm.ir.BaseFunc:
+    """Name and target are the module's business: a strategy is asked about the function alone, and they are put back.
+
+    @T.prim_func                                        @T.prim_func
+    def f(x, y):                                        def f(x, y):
+        T.func_attr({"target": t})                  →       T.func_attr({"target": t, "tirx.is_scheduled": True})
+        …                                                   … scheduled for t
+    """
     import tvm
 
     if not isinstance(func, tvm.tirx.PrimFunc) or (func.attrs or {}).get(_DONE):
         return func
-    target = (func.attrs or {}).get("target") or tvm.target.Target.current(allow_none=False)
-    made = strategy.apply(func, target)
+    kept = {name: value for name in _MODULES_OWN if (value := (func.attrs or {}).get(name)) is not None}
+    target = kept.get("target") or tvm.target.Target.current(allow_none=False)
+    made = strategy.apply(_without(func, _MODULES_OWN), target)
     if made is None:
         return func
-    name = (func.attrs or {}).get("global_symbol")
-    return (made.with_attr("global_symbol", name) if name else made).with_attr(_DONE, True)
+    return _without(made, _MODULES_OWN).with_attr({**kept, _DONE: True})
+
+
+def _without(func: tvm.tirx.PrimFunc, names: tuple[str, ...]) -> tvm.tirx.PrimFunc:
+    for name in names:
+        func = func.without_attr(name)
+    return func

@@ -80,7 +80,8 @@ class Manual:
         with target:
             result = written(schedule)
         made = result if isinstance(result, tvm.s_tir.Schedule) else schedule
-        return made.mod["main"]
+        (changed,) = made.mod.functions.values()
+        return changed
 
 
 def _require_same_parameters(name: str, written: tvm.tirx.PrimFunc, func: tvm.tirx.PrimFunc) -> None:

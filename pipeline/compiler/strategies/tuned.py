@@ -30,7 +30,8 @@ class Tuned:
         from pipeline.compiler import records
         from pipeline.compiler.prepack import LAYOUT_FREE
 
-        mine = [group for group in self._groups if group.digest() == records.digest_of(func)]
+        digest = records.digest_of(func)
+        mine = [group for group in self._groups if group.digest() == digest]
         made, refusals = records.replay_best(mine, target)
         if made is None and refusals:
             raise StageError(
@@ -39,5 +40,8 @@ class Tuned:
                 subject="tuned",
                 hint="tune the operator again",
             )
+        if made is None:
+            return None
+        # Which weights are free is for this use of the function to say, not for the one that was tuned.
         free = (func.attrs or {}).get(LAYOUT_FREE)
-        return made.with_attr(LAYOUT_FREE, free) if made is not None and free is not None else made
+        return made.without_attr(LAYOUT_FREE) if free is None else made.with_attr(LAYOUT_FREE, free)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,17 @@ def test_what_the_library_cannot_do_stays_after_the_call() -> None:
     made = claimed(func)
     assert remaining(made) == 2
     assert "then=relu" in made.script()
+    same(func, made, LIBRARY)
+
+
+def test_what_is_left_is_shared_out_between_threads_where_it_is_long() -> None:
+    def build(emit: Callable[..., relax.Var], x: relax.Var, w: relax.Var, g: relax.Var) -> relax.Expr:
+        y = emit(op.nn.conv2d(x, w, data_layout="NHWC", kernel_layout="HWIO"))
+        return op.multiply(y, g)  # the result is larger than the convolution's
+
+    func = one(build, [(1, 1, 1, 16), (1, 1, 16, 32), (1, 40, 40, 32)], [1])
+    made = claimed(func)
+    assert made.script().count("T.parallel") == 1
     same(func, made, LIBRARY)
 
 
@@ -333,6 +345,20 @@ def test_weights_packed_for_another_number_of_threads_serve(threads: int, tmp_pa
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
     assert len(formats) > 1
+
+
+def test_many_threads_may_call_at_once() -> None:
+    func = one(conv("relu", padding=1), [(1, 14, 14, 16), (3, 3, 16, 32), (1, 1, 1, 32)], [1])
+    loaded = linked({"plain": func, "claimed": claimed(func)}, LIBRARY)
+
+    def right(seed: int) -> bool:
+        arrays = arguments(func, seed)
+        got = [call(loaded["claimed"], arrays) for _ in range(20)]
+        wanted = call(loaded["plain"], arrays)
+        return all(np.allclose(each, wanted, rtol=1e-4, atol=1e-4) for each in got)
+
+    with ThreadPoolExecutor(6) as threads:
+        assert all(threads.map(right, range(24)))
 
 
 def test_it_is_not_found_where_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

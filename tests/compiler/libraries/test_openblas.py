@@ -91,6 +91,11 @@ def test_other_convolutions_are_left_alone(attributes: dict[str, int]) -> None:
     assert LIBRARY.match(func, TARGET, ready(LIBRARY)[2]) is None
 
 
+def test_a_convolution_along_rows_that_overlap_is_left_alone() -> None:
+    func = one(conv("relu"), [(1, 52, 1, 16), (5, 1, 16, 24)])
+    assert LIBRARY.match(func, TARGET, ready(LIBRARY)[2]) is None
+
+
 def test_other_operators_are_left_alone() -> None:
     for build, shapes in (
         (lambda emit, x: op.nn.softmax(x), [(4, 8)]),

@@ -29,6 +29,12 @@ def fused(make: Make, *specs: Shape | tuple[Shape, str]) -> tirx.PrimFunc:
 
     `make` takes a function that binds an expression, and the inputs: fused(lambda emit, x: emit(relax.op.exp(x)), (4,))
     """
+    (func,) = all_fused(make, *specs)
+    return func
+
+
+def all_fused(make: Make, *specs: Shape | tuple[Shape, str]) -> list[tirx.PrimFunc]:
+    """As `fused`, for what makes several functions."""
     builder = relax.BlockBuilder()
     full = [spec if spec and isinstance(spec[0], tuple) else (spec, "float32") for spec in specs]
     inputs = [relax.Var(f"p{i}", relax.TensorType(shape, dtype)) for i, (shape, dtype) in enumerate(full)]
@@ -47,8 +53,7 @@ def fused(make: Make, *specs: Shape | tuple[Shape, str]) -> tirx.PrimFunc:
             transform.DeadCodeElimination(),
         ):
             mod = phase(mod)
-    (func,) = (func for _, func in mod.functions_items() if isinstance(func, tirx.PrimFunc))
-    return ir.load(ir.canonical(func))
+    return [ir.load(ir.canonical(func)) for _, func in mod.functions_items() if isinstance(func, tirx.PrimFunc)]
 
 
 def conv2d(

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tvm import relax, tirx
 
-from pipeline.compiler import rules
-from tests.compiler.rules.models import NATIVE, assert_same, conv2d, fused, target
+from pipeline.compiler import prepack, rules
+from tests.compiler.rules.models import NATIVE, all_fused, assert_same, conv2d, fused, target
 
 R = relax.op
-few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-many = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 class _Refused(logging.Handler):
@@ -31,8 +31,9 @@ def _no_rule_fails() -> Iterator[None]:
     logging.getLogger("pipeline.compiler.rules").removeHandler(handler)
 
 
-def check(func: tirx.PrimFunc) -> None:
-    assert_same(func, rules.schedule(func, NATIVE))
+def check(functions: tirx.PrimFunc | list[tirx.PrimFunc]) -> None:
+    for func in functions if isinstance(functions, list) else [functions]:
+        assert_same(func, rules.schedule(func, NATIVE))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def depthwise(draw: st.DrawFn) -> tirx.PrimFunc:
 
 
 @st.composite
-def products(draw: st.DrawFn) -> tirx.PrimFunc:
+def products(draw: st.DrawFn) -> list[tirx.PrimFunc]:
     batch = draw(st.sampled_from(((), (1,), (3,), (2, 2))))
     m, k, n = draw(shape), draw(st.integers(1, 150)), draw(st.integers(1, 150))
     is_transposed, is_shared = draw(st.booleans()), draw(st.booleans())
@@ -108,13 +109,11 @@ def products(draw: st.DrawFn) -> tirx.PrimFunc:
         return emit(R.nn.relu(emit(R.add(emit(R.matmul(a, b)), c))))
 
     specs = ((*batch, m, k), right if is_shared else (*batch, *right), (n,))
-    if is_transposed:  # two functions: the product is the one with the sum
-        return fused(lambda emit, a, b: emit(R.matmul(a, b)), (*batch, m, k), (*batch, k, n))
-    return fused(make, *specs)
+    return all_fused(make, *specs)
 
 
 @st.composite
-def reductions(draw: st.DrawFn) -> tirx.PrimFunc:
+def reductions(draw: st.DrawFn) -> list[tirx.PrimFunc]:
     extents = tuple(draw(st.lists(st.integers(1, 70), min_size=1, max_size=4)))
     axes = draw(st.lists(st.sampled_from(range(len(extents))), min_size=1, unique=True))
     kind = draw(st.sampled_from((R.sum, R.max, R.min, R.mean)))
@@ -126,17 +125,15 @@ def reductions(draw: st.DrawFn) -> tirx.PrimFunc:
     def make(emit, x):
         return emit(kind(emit(R.multiply(x, x)) if squared else x, sorted(axes), keepdims))
 
-    return fused(make, (extents, dtype))
+    return all_fused(make, (extents, dtype))
 
 
 @st.composite
 def rows(draw: st.DrawFn) -> tirx.PrimFunc:
-    extents = tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=2))) + (draw(st.integers(1, 300)),)
+    extents = (*draw(st.lists(st.integers(1, 12), min_size=1, max_size=2)), draw(st.integers(1, 300)))
     if draw(st.booleans()):
         return fused(lambda emit, x: emit(R.nn.softmax(x, -1)), extents)
-    return fused(
-        lambda emit, x, g, b: emit(R.nn.layer_norm(x, g, b, axes=[-1])), extents, extents[-1:], extents[-1:]
-    )
+    return fused(lambda emit, x, g, b: emit(R.nn.layer_norm(x, g, b, axes=[-1])), extents, extents[-1:], extents[-1:])
 
 
 @st.composite
@@ -196,6 +193,38 @@ def test_random_shapes(functions) -> None:
 @pytest.mark.parametrize("functions", EVERYTHING, ids=lambda functions: functions.__name__)
 def test_many_random_shapes(functions) -> None:
     many(given(functions())(check))()
+
+
+@pytest.mark.parametrize("exponent", [0.25, 0.5, 0.75, 2.0, 1.3])
+def test_powers(exponent: float) -> None:
+    check(fused(lambda emit, x: emit(R.power(emit(R.abs(x)), relax.const(exponent, "float32"))), (7, 33)))
+
+
+@pytest.mark.parametrize(
+    ("data", "weight", "is_laid_out"),
+    [
+        ((1, 9, 9, 16), (3, 3, 16, 64), True),
+        ((1, 1, 1, 64), (1, 1, 64, 96), True),
+        ((1, 5, 5, 16), (1, 1, 16, 58), False),
+    ],
+)
+def test_free_weights_are_laid_out_ahead(data: tuple[int, ...], weight: tuple[int, ...], is_laid_out: bool) -> None:
+    func = conv2d(data, weight).with_attr(prepack.LAYOUT_FREE, [1])
+    result = rules.schedule(func, target("znver5"))
+    assert_same(func, rules.schedule(func, NATIVE))
+    _, packings = prepack.split(result)
+    assert [packing.param for packing in packings] == [1] * is_laid_out
+
+
+def test_weights_that_are_not_free_stay() -> None:
+    _, packings = prepack.split(rules.schedule(conv2d((1, 9, 9, 16), (3, 3, 16, 64)), target("znver5")))
+    assert not packings
+
+
+def test_padding_of_an_axis_whose_last_tile_moves_back() -> None:
+    pool = R.nn.max_pool2d
+    check(fused(lambda emit, x: emit(pool(x, (2, 2), (1, 1), (1, 1), layout="NCHW")), (1, 1, 20, 2)))
+    check(conv2d((1, 1, 37, 8), (1, 3, 8, 16), padding=1))
 
 
 def test_transposed_convolution() -> None:

@@ -1,0 +1,158 @@
+"""The documents' programs run, and print what the documents say that they print."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import runpy
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Done, WorkspaceFolder
+
+from pipeline.compiler import libraries
+from pipeline.composition import names
+from pipeline.config import Measure, TargetFile, load_target
+from pipeline.report import Report, Row, table
+from pipeline.types import Operator
+from tests import models
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and the heading that it stands under."""
+
+    language: str
+    text: str
+    heading: str
+
+
+def blocks(document: str) -> list[Block]:
+    text = (DOCS / document).read_text()
+    found = []
+    for match in _BLOCK.finditer(text):
+        before = _BLOCK.sub("", text[: match.start()])  # a heading, not a comment in a program
+        headings = re.findall(r"^#+ (.*)$", before, re.MULTILINE)
+        found.append(Block(match[1], match[2], headings[-1] if headings else ""))
+    return found
+
+
+def programs(document: str) -> list[tuple[Block, Block]]:
+    """Each program with the block of text that follows it, which is what it prints."""
+    found = blocks(document)
+    followed = zip(found, [*found[1:], Block("", "", "")], strict=True)
+    return [(one, next_) for one, next_ in followed if one.language == "python" and next_.language == "text"]
+
+
+STRATEGY = programs("strategy.md")
+
+
+@pytest.mark.parametrize(("program", "printed"), STRATEGY, ids=[each.heading.partition(":")[0] for each, _ in STRATEGY])
+def test_a_program_of_the_strategy_prints_what_is_said(program: Block, printed: Block, tmp_path: Path) -> None:
+    if "openblas" in program.text and libraries.by_name("openblas").find() is None:
+        pytest.skip("OpenBLAS is not installed")
+    path = tmp_path / "program.py"  # TVMScript and tracebacks read a file
+    path.write_text(program.text)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(str(path), run_name="__main__")
+    assert out.getvalue() == printed.text
+
+
+def test_every_program_of_the_strategy_is_run() -> None:
+    assert sorted(each.heading.partition(":")[0] for each, _ in STRATEGY) == ["C0", "C1", "C2", "K0", "K1", "K2"]
+    assert sum(each.language == "python" for each in blocks("strategy.md")) == len(STRATEGY)
+    longest = max(len(each.text.splitlines()) for each, _ in STRATEGY)
+    assert longest <= 30
+
+
+# What a user writes: files of a workspace, which say in their first line where they lie.
+
+_FILE = re.compile(r"^# (\S+/\S+)\n")
+INPUT = np.random.default_rng(1).standard_normal((2, 4)).astype(np.float32)
+
+
+def files(heading: str) -> Iterator[tuple[str, str]]:
+    """The files under a heading of strategies.md, by name."""
+    for each in blocks("strategies.md"):
+        named = _FILE.match(each.text)
+        if named and each.heading == heading:
+            yield named[1], each.text
+
+
+@pytest.fixture
+def dense(workspace: WorkspaceFolder) -> WorkspaceFolder:
+    workspace.onnx("dense.onnx", models.dense())
+    workspace.dodo('Model.onnx("dense", "dense.onnx"),')
+    return workspace
+
+
+def implemented(workspace: WorkspaceFolder, done: Done, by: str) -> None:
+    """Requires that the one operator runs on this, and computes what it should."""
+    (operator,) = workspace.manifest("dense")["operators"]
+    assert operator["implementation"] == by, done.err
+    assert "WARNING" not in done.err
+    (output,) = workspace.run("dense", x=INPUT).values()
+    np.testing.assert_allclose(output, models.dense_of(INPUT), rtol=1e-4, atol=1e-5)
+
+
+def test_a_strategy_is_added_as_the_document_says(dense: WorkspaceFolder) -> None:
+    written = dict(files("A strategy of your own"))
+    assert sorted(written) == ["strategies/rows.py", "targets/native.toml"]
+    for name, text in written.items():
+        dense.write(name, text)
+    implemented(dense, dense.build().good(), "rows")
+
+
+def test_a_manual_function_is_added_as_the_document_says(dense: WorkspaceFolder) -> None:
+    written = list(files("A manual function"))
+    assert [name for name, _ in written] == ["manual/dense.py", "targets/native.toml", "manual/dense.py"]
+    dense.write(*written[1])
+    dense.build().good()
+    (operator,) = dense.manifest("dense")["operators"]
+    for name, text in (written[0], written[2]):
+        (shown,) = re.findall(r'@manual\.replaces\("([0-9a-f]{8})"\)', text)
+        # The digest changes with the lowering, and a reader's with the model.
+        dense.write(name, text.replace(shown, operator["workload"][:8]))
+        implemented(dense, dense.build().good(), "manual")
+
+
+def test_the_defaults_are_what_the_document_says(tmp_path: Path) -> None:
+    first = next(each for each in blocks("strategies.md") if each.language == "toml")
+    path = tmp_path / "native.toml"
+    path.write_text(first.text)
+    assert load_target(path) == TargetFile(target="native")
+    assert set(tomllib.loads(first.text)["measure"]) == set(Measure.__struct_fields__)
+
+
+def test_rules_for_operators_are_written_as_the_document_says(tmp_path: Path) -> None:
+    (rules,) = [each for each in blocks("strategies.md") if each.heading.startswith("`[[operators]]`")]
+    path = tmp_path / "native.toml"
+    path.write_text('target = "native"\n' + rules.text)
+    assert len(load_target(path, names(tmp_path)).operators) == 2
+
+
+def test_the_table_is_what_the_document_says() -> None:
+    (shown,) = [each for each in blocks("strategies.md") if each.heading == "What became of it"]
+    operator = Operator("relu", "", "", (), 1, "default", "", (), "")
+    made = Report("dense", "native", 1.46e-6, (Row(operator, 0.651e-6),))
+    columns, _, line = shown.text.splitlines()
+    assert columns.split() == [str(column.header) for column in table(made).columns]
+    assert line == made.line()
+
+
+def test_documents_name_files_that_are_there() -> None:
+    root = DOCS.parent
+    for document in ("strategy.md", "strategies.md"):
+        text = (DOCS / document).read_text()
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (DOCS / link).is_file(), link
+        for named in re.findall(r"`(pipeline/[\w/.]+)`", text):
+            assert (root / named).exists(), named
