@@ -240,8 +240,7 @@ def _all(folder: Path, names: Sequence[str], wanted: Sequence[str], rounds: int,
     place = workspace(folder, names, {each: target(each) for each in wanted}, threads)
     for name in names:
         folder.joinpath(f"{name}.onnx").write_bytes(CLASSES[name]().model().SerializeToString(deterministic=True))
-    for name in names:
-        build(place, name)
+    build(place)
     figures: Figures = {}
     for name in names:
         try:

@@ -79,10 +79,10 @@ def workspace(folder: Path, names: Sequence[str], targets: Mapping[str, str], th
     return Scratch(folder, default_root(), {} if threads == cores else {"OMP_NUM_THREADS": str(threads)})
 
 
-def build(place: Scratch, name: str) -> None:
-    """Builds one model for all targets of the workspace; says what failed and lets the rest count."""
-    run = place.doit("build", name)
-    said(f"{name}: {run.last_line}")
+def build(place: Scratch, *names: str) -> None:
+    """Builds models, all where none is named, for all targets; says what failed and lets the rest count."""
+    run = place.doit("build", *names)
+    said(": ".join((*names, run.last_line)))
     if run.usage.returncode != 0:
         said("".join(f"  FAILED {task}: {message}\n" for task, message in run.failures.items()) or run.err[-2000:])
 

@@ -87,6 +87,8 @@ class Build:
             f"{strategy} is put aside for {labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {reason}"
             for (strategy, reason), labels in refused.items()
         ]
+        if self.target(target).file.select == "fastest" and not here_and_now(self.target(target)):
+            put_aside.append('select = "fastest" needs the target\'s device: the first that applies was taken')
         unlinked = [linked.unlinked for model in models if (linked := self.linked(target, model)).unlinked][:1]
         return [*composition.problems, *composition.unused_bindings(workloads), *put_aside, *unlinked]
 

@@ -203,8 +203,7 @@ class Composition:
 
     def _of(self, name: str, workload: Workload) -> Iterator[Offer]:
         if name == "library":
-            chosen = self._file.libraries
-            for library in chosen if chosen is not None else self._libraries:
+            for library in self._file.libraries if self._file.libraries is not None else self._libraries:
                 yield from self._library_offer(library)
         elif name == "manual":
             bound = [each for each in self._bindings if workload.digest.startswith(each[3])]
@@ -288,8 +287,9 @@ class Composition:
             except ConfigError as error:
                 self._problem(str(error))
         wanted = set(self._file.order) | set(self._file.libraries or ())
+        every = "library" in self._file.order and self._file.libraries is None
         for name, (library, source) in known.items():
-            if not ("library" in self._file.order and self._file.libraries is None) and name not in wanted:
+            if name not in wanted and not (every and not getattr(library, "by_name_only", False)):
                 continue
             # A library is for the machine that it is installed on.
             attributes = self._attributes

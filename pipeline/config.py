@@ -57,7 +57,7 @@ class TargetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     target   "native" (this machine), a tag or string of TVM's, or a table of a TVM target's attributes
     models   names of the models to build for it; all of the workspace's where absent
     order    strategies in the order of choice; "library" stands for all of `libraries`
-    libraries  libraries in the order of choice; all that tvmake or the workspace has where absent
+    libraries  libraries in the order of choice; where absent all that are installed, but for those that want naming
     select   "first": the first strategy that applies; "fastest": all are built, compared and timed
     layout   "NHWC": convolutions are computed channels-last; "as-is": as the model is written
     records  folders of MetaSchedule databases, from the workspace's folder, that "tuned" takes its records from

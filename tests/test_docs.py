@@ -75,7 +75,7 @@ def test_every_program_of_the_strategy_is_run() -> None:
 
 # What a user writes: files of a workspace, which say in their first line where they lie.
 
-_FILE = re.compile(r"^# (\S+/\S+)\n")
+_FILE = re.compile(r"^(?:#|//) (\S+/\S+)\n")
 INPUT = np.random.default_rng(1).standard_normal((2, 4)).astype(np.float32)
 
 
@@ -122,6 +122,16 @@ def test_a_manual_function_is_added_as_the_document_says(dense: WorkspaceFolder)
         # The digest changes with the lowering, and a reader's with the model.
         dense.write(name, text.replace(shown, operator["workload"][:8]))
         implemented(dense, dense.build().good(), "manual")
+
+
+def test_a_library_is_added_as_the_document_says(dense: WorkspaceFolder) -> None:
+    written = dict(files("A library of your own"))
+    assert sorted(written) == ["libraries/handmade.cc", "libraries/handmade.py", "targets/native.toml"]
+    for name, text in written.items():
+        dense.write(name, text)
+    implemented(dense, dense.build().good(), "handmade")
+    (called,) = dense.manifest("dense")["libraries"]
+    assert (called["name"], called["version"], called["licence"]) == ("handmade", "1", "Apache-2.0")
 
 
 def test_the_defaults_are_what_the_document_says(tmp_path: Path) -> None:

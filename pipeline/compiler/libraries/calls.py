@@ -20,9 +20,7 @@ import tvm_ffi
 from tvm import tirx
 
 from pipeline.compiler.anatomy import SPATIAL
-
-LAYOUT_FREE = "layout_free_buffers"
-PREPROCESS = "meta_schedule.layout_rewrite_preproc"
+from pipeline.compiler.prepack import PREPROCESS, layout_free
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Call:
 
 def is_free(func: tirx.PrimFunc, buffer: Any) -> bool:
     """Whether a buffer is a parameter whose layout is free: a weight."""
-    free = {int(index) for index in (func.attrs or {}).get(LAYOUT_FREE, ())}
+    free = layout_free(func)
     return any(param.same_as(buffer) for i, param in enumerate(func.params) if i in free)
 
 

@@ -32,16 +32,17 @@ class Shim:
 
     def __init__(self, name: str, library: ctypes.CDLL) -> None:
         self.library = library
-        self._plan = library[f"tvmake_{name}_plan"]
-        self._plan.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
+        self._plan = getattr(library, f"tvmake_{name}_plan", None)
+        if self._plan is not None:
+            self._plan.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
 
     def plan(self, description: str, threads: int = 0) -> dict[str, str] | None:
-        """What the library would do with an operator, on that many threads; None where it refuses.
+        """What the library would do with an operator, on that many threads; None where it refuses, or is not asked.
 
         "conv x=..."  →  {"implementation": "brgconv:avx512_core", "threads": "2", "bytes": "18432", "packed": "9a3f…"}
         """
         answer = ctypes.create_string_buffer(4096)
-        if self._plan(description.encode(), threads, answer, len(answer)) != 0:
+        if self._plan is None or self._plan(description.encode(), threads, answer, len(answer)) != 0:
             return None
         return dict(word.split("=", 1) for word in answer.value.decode().split())
 
@@ -54,7 +55,7 @@ class Library(Protocol):
     licence: str  # SPDX
     install: str  # what to type where it is missing
     threads: Literal["openmp", "caller"]  # whose threads it runs on: OpenMP's, or the loop's that calls it
-    shim: Path  # its C++ source
+    shim: Path | str  # its C++ source: a file, or the text itself
 
     def find(self) -> Installed | None:
         """Where this machine has it. Reads no more than a few paths, and loads nothing."""

@@ -21,7 +21,12 @@ def compile_shim(library: Library, installed: Installed, driver: str) -> bytes:
 
     Raises RuntimeError with the compiler's words where it refuses.
     """
-    return compile_source(library.shim, installed, driver)
+    if isinstance(library.shim, Path):
+        return compile_source(library.shim, installed, driver)
+    with tempfile.TemporaryDirectory(prefix="tvmake-shim-") as name:
+        source = Path(name) / f"{library.name}.cc"
+        source.write_text(library.shim)
+        return compile_source(source, installed, driver)
 
 
 def compile_source(source: Path, installed: Installed, driver: str) -> bytes:

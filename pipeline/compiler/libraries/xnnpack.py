@@ -1,6 +1,8 @@
 """XNNPACK: convolutions channels-last and matrix products, with a bias and bounds, split over a parallel loop of ours.
 
 It packs weights when it meets them first, into memory of its own, so that only weights are taken that stay as they are.
+Other weights at the same place are told by samples of them, not for certain: where a process replaces the weights of a
+model in place, that is not enough, so a target's file must name this library.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class XNNPACK:
     install = "apt-get install libxnnpack-dev libpthreadpool-dev"
     threads: Literal["openmp", "caller"] = "caller"
     shim = Path(__file__).with_suffix(".cc")
+    by_name_only = True
 
     def find(self) -> Installed | None:
         """XNNPACK_ROOT, or the system's folders."""

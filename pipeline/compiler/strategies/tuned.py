@@ -5,7 +5,8 @@ Tuning fills sets of records, this applies what is in one: neither waits for the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.errors import StageError
@@ -25,14 +26,19 @@ class Tuned:
     def __init__(self, groups: Iterable[Group]) -> None:
         self._groups = tuple(groups)
 
+    @functools.cached_property
+    def _by_digest(self) -> Mapping[str, Sequence[Group]]:
+        found: dict[str, list[Group]] = {}
+        for group in self._groups:
+            found.setdefault(group.digest(), []).append(group)
+        return found
+
     def apply(self, func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
         """Raises StageError where records for the target are there and none of them can be replayed."""
         from pipeline.compiler import records
         from pipeline.compiler.prepack import LAYOUT_FREE
 
-        digest = records.digest_of(func)
-        mine = [group for group in self._groups if group.digest() == digest]
-        made, refusals = records.replay_best(mine, target)
+        made, refusals = records.replay_best(self._by_digest.get(records.digest_of(func), ()), target)
         if made is None and refusals:
             raise StageError(
                 f"none of {len(refusals)} tuning records can be replayed, the first because: {refusals[0]}",

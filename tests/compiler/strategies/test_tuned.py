@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import tvm
 from conftest import WorkspaceFolder
-from tvm.s_tir import Schedule
+from tvm.s_tir import Schedule, meta_schedule
 
 from pipeline.compiler import ir, prepack, records
 from pipeline.compiler.strategies.tuned import Tuned
 from pipeline.errors import StageError
+from pipeline.platforms import architecture
 from tests import models
-from tests.compiler.strategies.workloads import DENSE, FREE, NATIVE, block, by_rows, commit, in_panels, lines, scheduled
+from tests.compiler.strategies.workloads import (
+    DENSE,
+    FREE,
+    NATIVE,
+    W,
+    X,
+    Y,
+    block,
+    by_rows,
+    call,
+    commit,
+    in_panels,
+    lines,
+    scheduled,
+)
 
 OTHER = tvm.target.Target({"kind": "llvm", "mcpu": "cortex-a72", "mtriple": "aarch64-linux-gnu"})
 
@@ -57,6 +75,49 @@ def test_records_that_cannot_be_replayed_are_an_error_with_the_reason(tmp_path: 
     with pytest.raises(StageError, match=r"none of 1 tuning records can be replayed, .*Vectorise"):
         tuned(tmp_path).apply(DENSE, NATIVE)
     assert tuned(tmp_path).apply(DENSE, OTHER) is None
+
+
+@pytest.fixture
+def _x86_intrinsics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MetaSchedule imports the intrinsics of all targets, which takes half a minute: it gets those of x86."""
+    package = ModuleType("tvm.s_tir.tensor_intrin")
+    package.__path__ = [str(Path(tvm.__file__).parent / "s_tir" / "tensor_intrin")]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    importlib.import_module("tvm.s_tir.tensor_intrin.x86")
+
+
+def sampled(func: tvm.tirx.PrimFunc, target: tvm.target.Target, seeds: int) -> Iterator[Schedule]:
+    """Schedules out of MetaSchedule's own search space, as its search would measure them."""
+    mod = tvm.IRModule({"main": func})
+    context = meta_schedule.TuneContext(
+        mod=mod, target=target, space_generator="post-order-apply", search_strategy="replay-trace", num_threads=1
+    )
+    for space in context.generate_design_space():
+        for seed in range(1, seeds + 1):
+            sch = Schedule(mod, seed=seed)
+            space.trace.apply_to_schedule(sch, remove_postproc=True)
+            sch.enter_postproc()
+            if all(each.apply(sch) for each in context.space_generator.postprocs):
+                yield sch
+
+
+@pytest.mark.usefixtures("_x86_intrinsics_alone")
+@pytest.mark.skipif(architecture("") != "x86_64", reason="the search space is that of x86")
+def test_what_metaschedule_itself_samples_is_replayed(tmp_path: Path) -> None:
+    target = tvm.target.Target({"kind": "llvm", "mcpu": str(NATIVE.attrs["mcpu"]), "num-cores": 2})
+    found = list(sampled(FREE, target, seeds=2))
+    assert len(found) > 2
+    packings = []
+    for i, sch in enumerate(found):
+        commit(tmp_path / str(i), FREE, lambda _, sch=sch: sch, target=target)
+        for func in (FREE, DENSE):
+            made = tuned(tmp_path / str(i)).apply(func, NATIVE)
+            rest, parts = prepack.split(made)
+            weight = call(parts[0].function, W, name="pack") if parts else W
+            np.testing.assert_allclose(call(rest, X, weight), Y, rtol=1e-4, atol=1e-5)
+            packings.append(len(parts))
+    assert set(packings[::2]) == {1}  # the weight is free, and MetaSchedule lays it out
+    assert set(packings[1::2]) == {0}
 
 
 # In a workspace, where each operator's records are found in the folders that the target names.

@@ -37,7 +37,7 @@ DENSE = ir.load(ir.canonical(_dense))  # relu(x w), as extraction leaves it
 FREE = DENSE.with_attr(prepack.LAYOUT_FREE, [1])  # the same where w is a weight with no other use
 Y = np.maximum(X @ W, 0)
 
-Change = Callable[[Schedule], None]
+Change = Callable[[Schedule], Schedule | None]  # changes what it is given, or returns another
 
 
 def block(sch: Schedule, index: int = 0) -> object:
@@ -65,8 +65,7 @@ def scheduled(func: tirx.PrimFunc, change: Change) -> tirx.PrimFunc:
 
 def _traced(func: tirx.PrimFunc, change: Change) -> Schedule:
     sch = Schedule(tvm.IRModule({"main": func}))
-    change(sch)
-    return sch
+    return change(sch) or sch
 
 
 def commit(
