@@ -120,7 +120,7 @@ def _artifact(file: str, inputs: Arrays, _threads: int) -> Loaded:
     return Loaded(
         lambda: list(model(**named).values()),
         lambda count: model.time(named, count),
-        lambda count: model.profile(named, count)[1],
+        lambda count: model.profile(named, count),
     )
 
 

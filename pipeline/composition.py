@@ -14,7 +14,7 @@ said once, by name, and left out.
 from __future__ import annotations
 
 import fnmatch
-import json
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,8 +27,11 @@ from pipeline import stages
 from pipeline.compiler import libraries, strategies
 from pipeline.compiler.libraries import Installed, Library
 from pipeline.compiler.libraries.shims import HEADER, POOL
+from pipeline.compiler.strategies.manual import Manual
+from pipeline.compiler.strategies.tuned import Tuned
 from pipeline.config import TargetFile
 from pipeline.errors import ConfigError, TvmakeError
+from pipeline.freshness import FOLDERS
 from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
 from pipeline.platforms import runs_here
@@ -36,8 +39,6 @@ from pipeline.processor import device, missing_features
 from pipeline.sources import object_of
 from pipeline.toolchain import library_identity, openmp_runtime
 from pipeline.types import LibraryUse, Plan, Workload
-
-FOLDERS = ("manual", "strategies", "libraries")  # of a workspace, each of Python files
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,11 @@ class Composition:
         """The files that the choice depends on: the workspace's own, the databases of records, and the libraries'."""
         own = [path for kind in FOLDERS for path in (self._folder / kind).glob("*") if path.is_file()]
         databases = [self._folder / name / part for name in self._file.records for part in _DATABASE.values()]
-        shared = [path for found in self._libraries.values() for path in found.installed.shared.values()]
-        return [*own, *databases, *shared]
+        found = [each for each in self._libraries.values() if each.source is None]
+        shared = [path for each in self._libraries.values() for path in each.installed.shared.values()]
+        ours = [Path(sys.modules[type(each.library).__module__].__file__ or "") for each in found]
+        shims = [each.library.shim for each in found if isinstance(each.library.shim, Path)]
+        return [*own, *databases, *shared, *ours, *shims]
 
     def offers(self, workload: Workload) -> list[Offer]:
         """The strategies to ask about a workload, in the order of choice.
@@ -186,7 +190,7 @@ class Composition:
                 continue
             unread = int(self._memoizer.blob(entry.outputs["unread"]))
             if unread:
-                self._problem(f"{unread} lines of the records in {name} cannot be read")
+                self._problem(f"{unread} {'line' if unread == 1 else 'lines'} of the records in {name} cannot be read")
             with self._lock:
                 for output, digest in entry.outputs.items():
                     if output[0] == "g" and digest not in self._records.setdefault(output[1:], []):
@@ -208,7 +212,7 @@ class Composition:
         elif name == "manual":
             bound = [each for each in self._bindings if workload.digest.startswith(each[3])]
             for _, source, function, _ in bound[:1]:
-                yield Offer(name, {"source": source}, {"function": function, "strategy version": 1}, trusted=False)
+                yield Offer(name, {"source": source}, {"function": function, "strategy version": Manual.version}, trusted=False)
             for file, _, function, _ in bound[1:]:
                 self._problem(
                     f"{file}: {function} is left out: {bound[0][0]} has another function for {workload.label}"
@@ -216,7 +220,7 @@ class Composition:
         elif name == "tuned":
             groups = self._records.get(workload.digest, [])
             if groups:
-                yield Offer(name, {f"records{i}": group for i, group in enumerate(groups)}, {"strategy version": 1})
+                yield Offer(name, {f"records{i}": group for i, group in enumerate(groups)}, {"strategy version": Tuned.version})
         elif name in self._libraries or name in self._known_libraries():
             yield from self._library_offer(name)
         elif any(strategy.name == name for strategy in strategies.STRATEGIES):
@@ -346,19 +350,3 @@ def _allows(only: tuple[str, ...] | None, offer: Offer) -> bool:
 
 def _said(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-def fingerprint(folder: Path) -> str:
-    """What the choice depends on that is in no file: which libraries are installed, and the versions of what is asked.
-
-    Cheap: part of every command.
-    """
-    found = [[library.name, library.version, _version(library)] for library in libraries.LIBRARIES]
-    versions = [[strategy.name, strategy.version] for strategy in strategies.STRATEGIES]
-    listed = [sorted(path.name for path in (folder / kind).glob("*")) for kind in FOLDERS]
-    return json.dumps([found, versions, listed])
-
-
-def _version(library: Library) -> str | None:
-    installed = library.find()
-    return installed.version if installed else None

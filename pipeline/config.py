@@ -110,7 +110,10 @@ def _require_known(path: Path, read: TargetFile, strategies: Collection[str] | N
         raise ConfigError(f"{_shown(path)}: order is empty", hint=f"strategies: {', '.join(strategies or ())}")
     named = {"order": read.order, "libraries": read.libraries or ()}
     for rule in read.operators:
-        named[f"only of operators {rule.match!r}"], named[f"forbid of operators {rule.match!r}"] = rule.only or (), rule.forbid
+        named[f"only of operators {rule.match!r}"], named[f"forbid of operators {rule.match!r}"] = (
+            rule.only or (),
+            rule.forbid,
+        )
     for key, names in named.items():
         unknown = [name for name in names if strategies is not None and name not in strategies]
         if unknown:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.compiler.strategies import STRATEGIES
 from pipeline.hashing import RACY_NS, Stamp
 from pipeline.models import Model
 from pipeline.stages import STAGES
@@ -88,6 +89,23 @@ def declaration(model: Model, target: str, composed: str) -> str:
         _machine_declaration(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+# Of a workspace, each of Python files that strategies are made of.
+FOLDERS = ("manual", "strategies", "libraries")
+# Where libraries of operators are looked for: folders that change when one is installed, variables that name others.
+_PLACES = ("/usr/include", "/usr/local/include", "/usr/lib", "/usr/local/lib")
+_ROOTS = ("ONEDNN_ROOT", "OPENBLAS_ROOT", "XNNPACK_ROOT", "OPENBLAS_CORETYPE", "OMP_NUM_THREADS", "TVM_NUM_THREADS")
+
+
+def composed(folder: Path) -> str:
+    """What the choice of strategies depends on that is in no file which the last build read: which others there are,
+    whether a library was installed since, and the versions of this project's strategies."""
+    listed = [sorted(path.name for path in (folder / kind).glob("*")) for kind in FOLDERS]
+    places = [*_PLACES, sysconfig.get_path("purelib"), os.path.join(sys.prefix, "lib")]
+    changed = [_changed_ns(Path(place)) for place in places]
+    versions = [(strategy.name, strategy.version) for strategy in STRATEGIES]
+    return repr([listed, changed, [os.environ.get(name) for name in _ROOTS], versions])
 
 
 @functools.cache

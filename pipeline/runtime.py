@@ -157,8 +157,8 @@ class Model:
             seconds.append(time.perf_counter() - begin)
         return seconds
 
-    def profile(self, inputs: Mapping[str, Any], repeat: int = 10) -> tuple[float, dict[str, float]]:
-        """Seconds of one run, and of each function in it by its symbol: sums over a run, the least of `repeat` runs."""
+    def profile(self, inputs: Mapping[str, Any], repeat: int = 10) -> dict[str, float]:
+        """Seconds of each function that a run calls, by name: all its calls in one run, the least of `repeat` runs."""
         tensors = self._arguments((), dict(inputs))
         spent: dict[str, float] = {}
         begun: list[float] = []
@@ -171,17 +171,13 @@ class Model:
                 spent[name] = spent.get(name, 0.0) + now - begun.pop()
             return 0
 
-        self._invoke(tensors)
-        best = float("inf")
         least: dict[str, float] = {}
         self._machine["set_instrument"](tvm_ffi.convert(watch))
         for _ in range(repeat):
             spent.clear()
-            begin = time.perf_counter()
             self._invoke(tensors)
-            best = min(best, time.perf_counter() - begin)
             least = {name: min(seconds, least.get(name, seconds)) for name, seconds in spent.items()}
-        return best, least
+        return least
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         if len(args) > len(self.inputs):

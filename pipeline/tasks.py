@@ -22,7 +22,6 @@ from doit.exceptions import TaskError, TaskFailed
 from doit.globals import Globals
 
 from pipeline import freshness
-from pipeline.composition import fingerprint as composition_fingerprint
 from pipeline.errors import TvmakeError
 from pipeline.models import Model
 from pipeline.workspace import BEGUN_NS, Part, Selection, Workspace
@@ -204,7 +203,7 @@ class _Known:
     def __init__(self, workspace: Workspace, pairs: list[tuple[str, Model]]) -> None:
         self._workspace = workspace
         self._loaded = freshness.loaded_user_files()
-        composed = composition_fingerprint(workspace.folder)
+        composed = freshness.composed(workspace.folder)
         self._declared = {(t, m.name): freshness.declaration(m, t, composed) for t, m in pairs}
         self._fresh: dict[tuple[str, str], bool] = {}
 

@@ -186,7 +186,7 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """Where the time of one inference goes on one device: least seconds of all, and of each workload by its symbol."""
+    """Where the time of one inference goes on one device: seconds of all, and the least of each function by its name."""
 
     seconds: float
     operators: dict[str, float]

@@ -75,7 +75,7 @@ def test_every_program_of_the_strategy_is_run() -> None:
 
 # What a user writes: files of a workspace, which say in their first line where they lie.
 
-_FILE = re.compile(r"^(?:#|//) (\S+/\S+)\n")
+_FILE = re.compile(r"^# (\S+/\S+)\n")
 INPUT = np.random.default_rng(1).standard_normal((2, 4)).astype(np.float32)
 
 
@@ -126,7 +126,7 @@ def test_a_manual_function_is_added_as_the_document_says(dense: WorkspaceFolder)
 
 def test_a_library_is_added_as_the_document_says(dense: WorkspaceFolder) -> None:
     written = dict(files("A library of your own"))
-    assert sorted(written) == ["libraries/handmade.cc", "libraries/handmade.py", "targets/native.toml"]
+    assert sorted(written) == ["libraries/handmade.py", "targets/native.toml"]
     for name, text in written.items():
         dense.write(name, text)
     implemented(dense, dense.build().good(), "handmade")

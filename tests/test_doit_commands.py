@@ -160,11 +160,11 @@ def test_doit_alone_builds_as_well(dense: WorkspaceFolder) -> None:
 
 
 def test_tasks_of_the_users_own_stand_beside_the_workspace(dense: WorkspaceFolder) -> None:
-    own = "def task_report():\n    return {'actions': ['echo reported'], 'verbosity': 2, 'task_dep': ['artifact']}"
+    own = "def task_summary():\n    return {'actions': ['echo reported'], 'verbosity': 2, 'task_dep': ['artifact']}"
     dense.dodo(DENSE, own)
     dense.build().good()
-    assert "report" in names(dense.doit("list"))
-    done = dense.doit("report", forbid_tvm=True).good()
+    assert "summary" in names(dense.doit("list"))
+    done = dense.doit("summary", forbid_tvm=True).good()
     assert "reported" in done.out
 
 

@@ -61,7 +61,10 @@ def test_an_artifact_carries_its_libraries_and_runs_anywhere(convolved: Workspac
     moved = tmp_path / "elsewhere"
     shutil.copytree(convolved.artifact("conv"), moved)
     np.save(tmp_path / "x.npy", IMAGE)
-    program = "import sys, numpy as np; from pipeline import load; x = np.load('x.npy'); y, = load('elsewhere')(x=x).values(); np.save('y.npy', y)"
+    program = (
+        "import numpy as np; from pipeline import load; "
+        "y, = load('elsewhere')(x=np.load('x.npy')).values(); np.save('y.npy', y)"
+    )
     # No cache, no search path for libraries, nothing of the environment that built it.
     bare = {"PATH": os.defpath, "PYTHONPATH": str(Path(__file__).parent.parent)}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=bare, check=True, timeout=60)

@@ -108,9 +108,10 @@ def split(func: tirx.PrimFunc) -> tuple[tirx.PrimFunc, tuple[Packing, ...]]:
     params = list(func.params)
     packings, kept, gone = [], [], set()
     attrs = func.without_attr(LAYOUT_FREE).attrs
-    for stmt in _statements(root.block.body):
+    stmts = _statements(root.block.body)
+    for stmt in stmts:
         place = _packs(stmt, params, free, root.block.alloc_buffers)
-        if place is None:
+        if place is None or _mentions(stmts, stmt, func.params[place[0]]):
             kept.append(stmt)
             continue
         index, packed = place
@@ -142,11 +143,10 @@ def _packs(
     found: list[tvm.s_tir.SBlock] = []
 
     def visit(block: tvm.s_tir.SBlock) -> None:
-        if bool(block.annotations.get(PREPROCESS, False)):
-            found.append(block)
+        found.append(block)
 
     tvm_ffi.structural_walk(stmt, (tvm.s_tir.SBlock, visit), order="post")
-    if len(found) != 1:
+    if len(found) != 1 or not bool(found[0].annotations.get(PREPROCESS, False)):
         return None
     reads = {region.source for region in found[0].reads}
     writes = {region.source for region in found[0].writes}
@@ -156,6 +156,19 @@ def _packs(
     index = next((i for i, param in enumerate(params) if param.same_as(read)), -1)
     is_alloc = any(written.same_as(buffer) for buffer in alloc)
     return (index, written) if index in free and is_alloc else None
+
+
+def _mentions(stmts: Iterable[tirx.Stmt], but: tirx.Stmt, param: tirx.Var) -> bool:
+    """Whether another statement reads a parameter as it is."""
+    sources: list[relax.Expr] = []
+
+    def visit(block: tvm.s_tir.SBlock) -> None:
+        sources.extend(region.source for region in (*block.reads, *block.writes))
+
+    for stmt in stmts:
+        if not stmt.same_as(but):
+            tvm_ffi.structural_walk(stmt, (tvm.s_tir.SBlock, visit), order="post")
+    return any(source.same_as(param) for source in sources)
 
 
 def weight_types(mod: tvm.IRModule, entry: str, inputs: int) -> tvm.IRModule:

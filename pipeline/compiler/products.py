@@ -7,7 +7,7 @@ of channels or columns, one of the left factor and the result alone one of pixel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -37,6 +37,22 @@ class Convolution:
     before: tuple[int, ...]
     after: tuple[int, ...]
     groups: int
+
+
+def wide(conv: Convolution) -> Convolution:
+    """A convolution of tall and thin images as one of low and wide ones, which kernels work along.
+
+    nhwc 512x1, kernel 5x1  →  nwhc 1x512, kernel 1x5: the same numbers at the same places
+    """
+    if len(conv.results) != 2 or conv.results[1] != 1 or conv.results[0] == 1:
+        return conv
+    turned = {"h": "w", "w": "h"}
+    letters = {
+        name: "".join(turned.get(letter, letter) for letter in getattr(conv, name))
+        for name in ("source", "weight", "result")
+    }
+    sizes = ("extents", "results", "kernel", "strides", "dilation", "before", "after")
+    return replace(conv, **letters, **{name: getattr(conv, name)[::-1] for name in sizes})
 
 
 def convolution(core: Core) -> Convolution | None:

@@ -120,7 +120,7 @@ PACK = Stage("pack", 2, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
 EMBED = Stage("embed", 1, Kind.BINARY, Home.COMPILER, _TVM)
 LINK = Stage("link", 2, Kind.BINARY, Home.INLINE, ("cc",))
 CHECK = Stage("check", 2, Kind.BINARY, Home.FRESH, (*_TVM, "host", "onnx", "onnxruntime", "torch"))
-PROFILE = Stage("profile", 1, Kind.DECISION, Home.FRESH, alone=True)
+PROFILE = Stage("profile", 2, Kind.DECISION, Home.FRESH, alone=True)
 DUMP = Stage("dump", 2, Kind.BINARY, Home.COMPILER, EXTRACT.tools)
 
 STAGES = (

@@ -21,7 +21,7 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     """Inputs: prepare, where something is to be prepared; o…, objects; l0, l1, … shared libraries; w0, w1, ….
 
     Options: weights, shape and dtype of each; prepared, how many of them `prepare` takes; libraries, their file names;
-    arguments, by output: origin (w0, or p0 of what `prepare` gives), the symbol of what lays it out or "", shape, dtype.
+    arguments, by output: origin (w0, or p0 of what `prepare` gives), symbol of what lays it out or "", shape, dtype.
 
     Outputs: the arguments' bytes. Weights are mapped, not read, so what is not used costs nothing.
     """

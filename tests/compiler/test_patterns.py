@@ -187,7 +187,7 @@ def plain(emit: Callable[..., relax.Var], q: relax.Var, k: relax.Var, v: relax.V
     return emit(op.matmul(weights, v))
 
 
-PLAIN = {"q": (2, 16, 8), "k": (2, 8, 12), "v": (2, 12, 8)}
+PLAIN = {"q": (2, 64, 32), "k": (2, 32, 96), "v": (2, 96, 32)}
 
 
 def test_transposes_are_not_needed() -> None:
@@ -200,9 +200,10 @@ def test_transposes_are_not_needed() -> None:
 @pytest.mark.parametrize(
     "shapes",
     [
-        {"q": (2, 4, 8), "k": (2, 8, 12), "v": (2, 12, 8)},  # few rows
-        {"q": (2, 16, 8), "k": (8, 12), "v": (2, 12, 8)},  # keys without a batch
-        {"q": (16, 8), "k": (8, 12), "v": (12, 8)},  # no batch at all
+        {"q": (64, 4, 32), "k": (64, 32, 96), "v": (64, 96, 32)},  # few rows
+        {"q": (2, 16, 8), "k": (2, 8, 12), "v": (2, 12, 8)},  # little work
+        {"q": (2, 64, 32), "k": (32, 96), "v": (2, 96, 32)},  # keys without a batch
+        {"q": (128, 32), "k": (32, 96), "v": (96, 32)},  # no batch at all
     ],
 )
 def test_what_the_library_would_not_take_is_not_grouped(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -229,7 +230,7 @@ def test_what_others_use_stays_outside() -> None:
 
     mod = graph(PLAIN, {}, shows_weights)  # type: ignore[arg-type]
     assert group(mod, ATTENTION.patterns()) is mod
-    shared = workloads(graph({**PLAIN, "k": (2, 12, 8)}, {}, shares_keys), ATTENTION.patterns())  # type: ignore[arg-type]
+    shared = workloads(graph({**PLAIN, "k": (2, 96, 32)}, {}, shares_keys), ATTENTION.patterns())  # type: ignore[arg-type]
     assert read(shared["attention"]) is not None
     assert len(shared) == 3  # the transpose of the keys and the exponential beside it
 
@@ -274,14 +275,16 @@ def lowered(patterns: Sequence[str], layers: int = 1) -> Lowered:
             q = emit(attention()(emit, q, *others[2 * i : 2 * i + 2]))
         return q
 
-    mod = graph(dict.fromkeys(names, (1, 16, 2, 8)), {}, body)
+    mod = graph(dict.fromkeys(names, (1, 64, 4, 16)), {}, body)
     return lower(mod, [], ["y"], TARGET, patterns=patterns)
 
 
 @pytest.mark.usefixtures("_registered")
 def test_lowering_groups_by_the_patterns_of_the_libraries_named() -> None:
     functions = lowered(["onednn", "attention"], layers=2).functions.values()
-    assert {each.name: each.calls for each in functions} == {"attention": 2, "relu": 2}
+    # Transposes between the layers are the layout's to place: the two need not be one workload.
+    assert sum(each.calls for each in functions if each.name == "attention") == 2
+    assert not any("matmul" in each.name or "softmax" in each.name for each in functions)
 
 
 @pytest.mark.usefixtures("_registered")

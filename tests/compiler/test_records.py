@@ -172,8 +172,11 @@ def dot(a: T.Buffer((4,), "uint8"), b: T.Buffer((16, 4), "int8"), c: T.Buffer((1
             vi, vk = T.axis.remap("SR", [i, k])
             c[vi] = c[vi] + T.cast(a[vk], "int32") * T.cast(b[vi, vk], "int32")
 
+def loops(sch):
+    sch.get_loops(block(sch))
+
 folder = Path(sys.argv[1])
-commit(folder, dot, lambda sch: sch.get_loops(block(sch)))
+commit(folder, dot, loops)
 workloads, written = lines(folder)
 line = json.loads(written)
 line[1][0][0].append(["Tensorize", ["l2"], ["dot_16x4_vnni", True], []])

@@ -89,7 +89,6 @@ template <int kLanes>
 struct Vectors {
   using Floats __attribute__((vector_size(4 * kLanes), may_alias)) = float;
   using Integers __attribute__((vector_size(4 * kLanes), may_alias)) = int32_t;
-  using Anywhere __attribute__((vector_size(4 * kLanes), may_alias, aligned(4))) = float;
 
   static constexpr int kWide = 2 * kLanes;  // columns of a tile
   static constexpr int kRows = kLanes == 16 ? 8 : 4;
@@ -99,7 +98,6 @@ template <int kLanes>
 struct Kernel : Vectors<kLanes> {
   using typename Vectors<kLanes>::Floats;
   using typename Vectors<kLanes>::Integers;
-  using typename Vectors<kLanes>::Anywhere;
   using Vectors<kLanes>::kWide;
   using Vectors<kLanes>::kRows;
 
@@ -134,10 +132,11 @@ struct Kernel : Vectors<kLanes> {
                                   float* to) {
     for (int64_t begin = 0; begin < columns; begin += kWide, to += count * kWide) {
       const int64_t some = std::min<int64_t>(kWide, columns - begin);
-      for (int64_t j = 0; j < kWide; ++j) {
+      for (int64_t j = 0; j < some; ++j) {
         const float* line = from + (begin + j) * column;
-        for (int64_t i = 0; i < count; ++i) to[i * kWide + j] = j < some ? line[i * row] : 0;
+        for (int64_t i = 0; i < count; ++i) to[i * kWide + j] = line[i * row];
       }
+      for (int64_t i = 0; i < count; ++i) std::fill(to + i * kWide + some, to + (i + 1) * kWide, 0.f);
     }
   }
 
@@ -212,8 +211,13 @@ struct Kernel : Vectors<kLanes> {
     const int64_t some = std::min<int64_t>(kRows, a.rows - begin), pitch = rounded(a.keys, kWide);
     for (int64_t r = 0; r < kRows; ++r) {
       const float* from = at.q + (begin + r) * a.q.row;
-      for (int64_t i = 0; i < a.depth; ++i) {
-        b.queries[r * a.depth + i] = r < some ? a.scale * from[i * a.q.column] : 0;
+      float* to = b.queries + r * a.depth;
+      if (r >= some) {
+        std::fill(to, to + a.depth, 0.f);
+      } else if (a.q.column == 1) {
+        for (int64_t i = 0; i < a.depth; ++i) to[i] = a.scale * from[i];
+      } else {
+        for (int64_t i = 0; i < a.depth; ++i) to[i] = a.scale * from[i * a.q.column];
       }
     }
     for (int64_t key = 0; key < pitch; key += kWide) {

@@ -7,6 +7,7 @@ operators are grouped before any are fused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.compiler.libraries.heads import Heads
     from pipeline.compiler.patterns import Match, Pattern
 
-_SMALL = 1 << 20  # multiplications that take less time than starting a loop on several threads
+_SMALL = 1 << 18  # multiplications: fewer of them are neither grouped nor shared out between threads
 _FEW = 8  # rows that are computed together: for fewer of them, most of the work would be for nothing
 
 
@@ -133,6 +134,7 @@ def _is_taken(match: Match) -> bool:
         len(scores) >= 3
         and batches == {scores[:-2]}
         and scores[-2] >= _FEW
+        and math.prod(scores) * ((shape_of(first.args[0]) or ())[-1] + (shape_of(second.args[1]) or ())[-1]) >= _SMALL
         and source[-1] == scores[-1]
         and int(softmax.attrs.axis) in (-1, len(source) - 1)
     )

@@ -55,7 +55,11 @@ class Library(Protocol):
     licence: str  # SPDX
     install: str  # what to type where it is missing
     threads: Literal["openmp", "caller"]  # whose threads it runs on: OpenMP's, or the loop's that calls it
-    shim: Path | str  # its C++ source: a file, or the text itself
+
+    @property
+    def shim(self) -> Path | str:
+        """Its C++ source: a file, or the text itself."""
+        ...
 
     def find(self) -> Installed | None:
         """Where this machine has it. Reads no more than a few paths, and loads nothing."""

@@ -29,7 +29,7 @@ class OneDNN:
     """conv(x, w), matmul(x, w), and their steps  →  tvmake_onednn_run"""
 
     name = "onednn"
-    version = 1
+    version = 2
     licence = "Apache-2.0"
     install = "pip install onednn-cpu-gomp onednn-devel-cpu-gomp"
     threads: Literal["openmp", "caller"] = "openmp"
@@ -95,7 +95,10 @@ def _problem(anatomy: Anatomy, cut: Cut) -> _Problem | None:
         return None
     convolution = products.convolution(core)
     kind = "matmul" if convolution is None else "conv"
-    words = wording.product_words(core, cut) if convolution is None else wording.convolution_words(convolution, cut)
+    if convolution is None:
+        words = wording.product_words(core, cut)
+    else:
+        words = wording.convolution_words(products.wide(convolution), cut)
     return None if words is None else _Problem(kind, words, core.left, core.right, cut.result, operands)
 
 

@@ -16,7 +16,7 @@ from pipeline.compiler.rules import blocks, fastmath, gpu, inline, lanes, stages
 from pipeline.compiler.rules.machine import machine
 from pipeline.compiler.rules.stages import Kind
 from pipeline.compiler.strategies.rules import Rules
-from tests.compiler.rules.models import NATIVE, assert_same, conv2d, fused, run, target
+from tests.compiler.rules.cases import NATIVE, assert_same, conv2d, fused, run, target
 
 R = relax.op
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tvm import relax, tirx
 
 from pipeline.compiler import prepack, rules
-from tests.compiler.rules.models import NATIVE, all_fused, assert_same, conv2d, fused, target
+from tests.compiler.rules.cases import NATIVE, all_fused, assert_same, conv2d, fused, target
 
 R = relax.op
 few = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
