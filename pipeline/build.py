@@ -207,6 +207,8 @@ class Build:
             "target": self.target(target).attributes,
             "layout": self.target(target).file.layout,
         }
+        if patterns := self.composition(target).patterns():
+            options["patterns"] = patterns
         host = self._host(self.target(target))
         if host != self.target(target).attributes:
             options["host"] = host

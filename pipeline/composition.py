@@ -171,6 +171,11 @@ class Composition:
             return {**objects, **pool_objects}, {**shared, **pool_shared}
         return objects, shared
 
+    def patterns(self) -> list[list[str]]:
+        """The libraries that would have some Relax operators as one function, by name and identity."""
+        grouping = {name: found for name, found in self._libraries.items() if hasattr(found.library, "patterns")}
+        return [[name, found.identity()] for name, found in grouping.items() if found.source is None]
+
     def describe(self, library: str) -> LibraryUse:
         """What a manifest says of a library."""
         found = self._libraries[library]
@@ -212,7 +217,9 @@ class Composition:
         elif name == "manual":
             bound = [each for each in self._bindings if workload.digest.startswith(each[3])]
             for _, source, function, _ in bound[:1]:
-                yield Offer(name, {"source": source}, {"function": function, "strategy version": Manual.version}, trusted=False)
+                yield Offer(
+                    name, {"source": source}, {"function": function, "strategy version": Manual.version}, trusted=False
+                )
             for file, _, function, _ in bound[1:]:
                 self._problem(
                     f"{file}: {function} is left out: {bound[0][0]} has another function for {workload.label}"
@@ -220,7 +227,9 @@ class Composition:
         elif name == "tuned":
             groups = self._records.get(workload.digest, [])
             if groups:
-                yield Offer(name, {f"records{i}": group for i, group in enumerate(groups)}, {"strategy version": Tuned.version})
+                yield Offer(
+                    name, {f"records{i}": group for i, group in enumerate(groups)}, {"strategy version": Tuned.version}
+                )
         elif name in self._libraries or name in self._known_libraries():
             yield from self._library_offer(name)
         elif any(strategy.name == name for strategy in strategies.STRATEGIES):

@@ -39,6 +39,21 @@ def device() -> str:
     return f"{name} ({features[:8]}), {cores} cores" + (f", {limit} threads" if limit else "")
 
 
+def cores() -> int:
+    """The physical cores that this process may use: two logical ones of a core share what vector code needs."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = {_siblings(number) for number in usable}
+    return max(1, len(siblings))
+
+
+def _siblings(number: int) -> str:
+    """Which logical processors share a core with this one, as the system lists them."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(number)
+
+
 def missing_features(target: Mapping[str, Any]) -> list[str]:
     """What the code for a target uses and this processor lacks, as far as the target's mcpu and mattr tell."""
     have = _features()

@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeat", type=_count, default=10, metavar="N", help="runs to time, after one to warm up (default 10)"
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads to run on (sets TVM_NUM_THREADS and OMP_NUM_THREADS)")
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads to run on (sets TVM_NUM_THREADS and OMP_NUM_THREADS)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.npz", help="keep the outputs in this file")
     parser.add_argument("--verify", action="store_true", help="check the digest of every file of the artifact first")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

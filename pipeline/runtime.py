@@ -29,7 +29,7 @@ import tvm_ffi
 
 from pipeline.errors import ArtifactError, SetupError
 from pipeline.hashing import Digest
-from pipeline.processor import missing_features
+from pipeline.processor import cores, missing_features
 from pipeline.tensors import (
     Array,
     Tensor,
@@ -338,6 +338,8 @@ def open_library(folder: Path, files: Iterable[str], runtime: Path) -> tuple[Any
     time, and a library whose inode was open before with other bytes is copied. The module is kept for the life of the
     process: of two modules over one open library, the end of one would leave the other pointing at nothing.
     """
+    for variable, value in _thread_settings().items():
+        os.environ.setdefault(variable, value)
     try:
         for part in (runtime, runtime.with_name("libtvm_runtime_extra.so")):  # sorting and the like are in the second
             if part.is_file():
@@ -357,6 +359,16 @@ def open_library(folder: Path, files: Iterable[str], runtime: Path) -> tuple[Any
         except (OSError, RuntimeError) as error:
             reason = _first_line(error).replace(f"{library}: ", "").replace(str(library), LIBRARY)
             raise ArtifactError(f"{folder / LIBRARY} does not load: {reason}", hint=_REBUILD) from error
+
+
+def _thread_settings() -> dict[str, str]:
+    """What the pools of threads read when they are loaded, where the user has not set it.
+
+    TVM takes half of the processors that it sees for second threads of a core, whether they are or not. GCC's OpenMP
+    spins for milliseconds where it waits: on a core that another program uses as well, that keeps the thread that it
+    waits for from running. After some microseconds it had better sleep.
+    """
+    return {"TVM_NUM_THREADS": str(cores()), "GOMP_SPINCOUNT": "1000"}
 
 
 def preload(libraries: Iterable[Path]) -> None:

@@ -186,7 +186,7 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """Where the time of one inference goes on one device: seconds of all, and the least of each function by its name."""
+    """Where the time of one inference goes on one device: seconds of all, and of each function by name."""
 
     seconds: float
     operators: dict[str, float]

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from doit.cmd_base import DoitCmdBase
+from doit.exceptions import InvalidDodoFile
 
 from pipeline.errors import TvmakeError
 from pipeline.types import Profile
@@ -49,7 +50,7 @@ Exit code: 0 shown, 1 a model is not built yet, 2 the workspace is at fault.
             with selecting(self._selection):
                 code: int = super().execute(params, [])
                 return code
-        except TvmakeError as error:
+        except (TvmakeError, InvalidDodoFile) as error:
             print(f"ERROR: {error}", file=sys.stderr)
             return ERROR
 

@@ -46,13 +46,11 @@ def wide(conv: Convolution) -> Convolution:
     """
     if len(conv.results) != 2 or conv.results[1] != 1 or conv.results[0] == 1:
         return conv
-    turned = {"h": "w", "w": "h"}
-    letters = {
-        name: "".join(turned.get(letter, letter) for letter in getattr(conv, name))
-        for name in ("source", "weight", "result")
-    }
+    turned = str.maketrans("hw", "wh")
+    letters = {name: getattr(conv, name).translate(turned) for name in ("source", "weight", "result")}
     sizes = ("extents", "results", "kernel", "strides", "dilation", "before", "after")
-    return replace(conv, **letters, **{name: getattr(conv, name)[::-1] for name in sizes})
+    changes: dict[str, Any] = {**letters, **{name: getattr(conv, name)[::-1] for name in sizes}}
+    return replace(conv, **changes)
 
 
 def convolution(core: Core) -> Convolution | None:

@@ -17,7 +17,8 @@ from pipeline.types import ModelKind, Plan, TensorSpec, Weight, WeightUse, Workl
 
 
 def run(inputs: Inputs, options: Options) -> Outputs:
-    """Inputs: skeleton. Options: kind; weights, names in order; target, its attributes; layout, one of lowering's.
+    """Inputs: skeleton. Options: kind; weights, names in order; target, its attributes; layout, one of lowering's;
+    host, this machine's attributes where the target is another; patterns, [library, identity] of those that group.
 
     Outputs: plan; main, and prepare where weights need preparation; f<digest> for each workload; c0, c1, … for the
     constants that lowering made.
@@ -73,4 +74,8 @@ def lower_skeleton(skeleton: bytes, options: Options, **watch: Watch) -> tuple[L
     attributes = cast("dict[str, object]", options["target"])
     layout = cast(str, options.get("layout", "NHWC"))
     host = cast("dict[str, object] | None", options.get("host"))
-    return lower(mod, [*weights, *constants], returned, attributes, layout=layout, host=host, **watch), constants
+    patterns = [name for name, _ in cast("list[tuple[str, str]]", options.get("patterns", []))]
+    lowered = lower(
+        mod, [*weights, *constants], returned, attributes, layout=layout, host=host, patterns=patterns, **watch
+    )
+    return lowered, constants

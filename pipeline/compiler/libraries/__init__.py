@@ -5,6 +5,9 @@ LIBRARIES, in the order of preference. A library's `match` is a K0 pass like a s
 the same parameters and meaning that calls the shim, or None. The version enters the key: raise it with any change to
 the matching or the shim. Import TVM inside `match`: names and versions are read where TVM is not loaded.
 
+A library may also have a method `patterns`, of Relax operators that it would rather have as one function:
+pipeline.compiler.patterns. What is grouped so is a workload like any other, for which all strategies compete.
+
 What a shim offers to C, under the name of its library:
 
     int tvmake_<name>_plan(const char* description, int threads, char* answer, size_t size)
@@ -13,6 +16,7 @@ What a shim offers to C, under the name of its library:
 
 from __future__ import annotations
 
+from pipeline.compiler.libraries.attention import Attention
 from pipeline.compiler.libraries.contract import Installed, Library, Shim
 from pipeline.compiler.libraries.onednn import OneDNN
 from pipeline.compiler.libraries.openblas import OpenBLAS
@@ -31,7 +35,7 @@ __all__ = [
     "load_shim",
 ]
 
-LIBRARIES: tuple[Library, ...] = (OneDNN(), OpenBLAS(), XNNPACK())
+LIBRARIES: tuple[Library, ...] = (Attention(), OneDNN(), OpenBLAS(), XNNPACK())
 
 
 def by_name(name: str) -> Library:
