@@ -154,6 +154,7 @@ class Build:
         inputs = dict(extract.inputs)
         for workload in self.plan(target, model).workloads:
             chosen = self.decision(target, workload).candidate
+            inputs[f"{workload.label}.workload"] = workload.function
             inputs[f"{workload.label}.{chosen.strategy}"] = chosen.whole
         entry = self.memoizer.run(Action(stages.DUMP, extract.subject, inputs, extract.options))
         for name, digest in entry.outputs.items():
@@ -327,7 +328,7 @@ class Build:
     def _profile(self, target: str, model: Model) -> Profile | None:
         resolved = self.target(target)
         linked, plan = self.linked(target, model), self.plan(target, model)
-        if not here_and_now(self.target(target)) or linked.library is None:
+        if not resolved.file.measure.profile or not here_and_now(resolved) or linked.library is None:
             return None
         options: dict[str, object] = {**_signature(plan, linked), "high": model.high, "device": device()}
         action = Action(stages.PROFILE, f"{target}:{model.name}", _runnable(linked), options, resolved.file.timeout)

@@ -26,13 +26,15 @@ class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Measure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[measure]: how candidates are timed where select is "fastest".
+    """[measure]: how candidates are timed where select is "fastest", and whether a built model is.
 
+    profile   whether it is found out where a model's time goes: some runs of it at the end of a build
     noise     share by which a candidate must beat one that comes before it in the order
     seconds   of timing for each candidate of each operator
     patience  seconds after which a candidate that has not ended is given up
     """
 
+    profile: bool = True
     noise: float = 0.03
     seconds: float = 0.1
     patience: float = 20.0

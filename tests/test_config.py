@@ -49,6 +49,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         tolerance = 1e-2
         seeds = [1, 2]
         [measure]
+        profile = false
         noise = 0.1
         seconds = 2
         patience = 5
@@ -70,7 +71,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         weights="inside",
         timeout=60.0,
         check=Check(enabled=False, tolerance=1e-2, seeds=(1, 2)),
-        measure=Measure(noise=0.1, seconds=2.0, patience=5.0),
+        measure=Measure(profile=False, noise=0.1, seconds=2.0, patience=5.0),
         operators=(Operators("conv2d*", only=("library",)), Operators("softmax*", forbid=("onednn",))),
     )
 
@@ -91,6 +92,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "check.tolerance": ('"1e-3"', "-1.0", "nan", "true"),
     "check.seeds": ("3", '["0"]', "[]", "[-1]", "[0.5]"),
     "measure": ("3",),
+    "measure.profile": ('"no"', "1"),
     "measure.noise": ("-0.1", "1.0", "nan", '"3 %"'),
     "measure.seconds": ("0", "-1", "true"),
     "measure.patience": ("0", "nan"),

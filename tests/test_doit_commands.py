@@ -402,4 +402,6 @@ def test_dump_writes_the_ir(dense: WorkspaceFolder) -> None:
     written = sorted(path.relative_to(dense.folder / "ir").as_posix() for path in (dense.folder / "ir").rglob("*.py"))
     assert written
     assert all(name.startswith("native/dense/") for name in written)
+    operators = [re.sub("-[0-9a-f]{8}", "", name.rpartition("/")[2]) for name in written if "/operators/" in name]
+    assert operators == ["fused_matmul_add_relu.default.py", "fused_matmul_add_relu.workload.py"]
     dense.idle_build()

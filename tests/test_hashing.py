@@ -202,7 +202,7 @@ ENTERS = {
 }
 STAYS_OUT: dict[str, list[Any]] = {"subject": ["another name", ""], "timeout": [11.0]}
 STAGE_ENTERS = {"name": ["other"], "version": [2], "kind": [Kind.DECISION], "tools": [(), ("cc",), ("tvm", "cc")]}
-STAGE_STAYS_OUT = {"home": [Home.FRESH, Home.INLINE]}
+STAGE_STAYS_OUT: dict[str, list[Any]] = {"home": [Home.FRESH, Home.INLINE], "alone": [True]}
 
 
 def key(action: Action, toolchain: Toolchain = TOOLS) -> str:
@@ -227,8 +227,9 @@ def test_what_does_not_change_a_result_leaves_the_key() -> None:
     for name, them in STAYS_OUT.items():
         for value in them:
             assert key(dataclasses.replace(ACTION, **{name: value})) == key(ACTION)
-    for home in STAGE_STAYS_OUT["home"]:
-        assert key(dataclasses.replace(ACTION, stage=dataclasses.replace(STAGE, home=home))) == key(ACTION)
+    for name, them in STAGE_STAYS_OUT.items():
+        for value in them:
+            assert key(dataclasses.replace(ACTION, stage=dataclasses.replace(STAGE, **{name: value}))) == key(ACTION)
 
 
 def test_only_the_tools_that_a_stage_names_enter_its_key() -> None:

@@ -107,6 +107,11 @@ def load(attributes: Mapping[str, object]) -> tvm.target.Target:
     return tvm.target.Target(dict(attributes))
 
 
+def is_this_processor(attributes: Mapping[str, object]) -> bool:
+    """Whether a target names the very processor of this machine, not only one whose code runs here."""
+    return attributes.get("mcpu") == codegen.llvm_get_system_cpu()
+
+
 def llvm_version() -> str:
     """The major version of the LLVM inside TVM."""
     return str(codegen.llvm_version_major())

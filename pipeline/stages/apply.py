@@ -26,8 +26,12 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     Outputs, none where it does not apply: whole; function, which is whole less what lays out weights; packed, JSON; and
     p0, p1, …, what lays them out.
     """
-    target = targets.load(cast("dict[str, object]", options["target"]))
-    scheduled = strategy_of(inputs, options).apply(ir.load(inputs["function"]), target)
+    attributes = cast("dict[str, object]", options["target"])
+    func = ir.load(inputs["function"])
+    if "library" in options and not targets.is_this_processor(attributes):
+        # A library packs weights for the processor that it finds, and the artifact may run on an older one.
+        func = func.without_attr(prepack.LAYOUT_FREE)
+    scheduled = strategy_of(inputs, options).apply(func, targets.load(attributes))
     if scheduled is None:
         return {}
     rest, packings = prepack.split(scheduled)

@@ -11,7 +11,7 @@ import pytest
 from pipeline.hashing import Digest
 from pipeline.store import Store
 
-from .workspaces import ROOT, Place
+from .workspaces import NATIVE, ROOT, Place
 
 pytest.importorskip("onnx")
 from . import networks
@@ -66,7 +66,7 @@ def test_each_file_of_a_small_store(place: Place) -> None:
 def test_each_file_that_only_one_kind_of_target_needs(tmp_path: Path) -> None:
     """Weights inside the library are a blob of their own."""
     place = Place(
-        tmp_path / "workspace", tmp_path / "store", targets={"inside": 'target = "native"\nweights = "inside"'}
+        tmp_path / "workspace", tmp_path / "store", targets={"inside": NATIVE + 'weights = "inside"\n'}
     )
     networks.tiny(place.folder / "net.onnx")
     place.build()

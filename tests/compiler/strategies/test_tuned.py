@@ -208,7 +208,7 @@ def test_a_torn_line_is_counted(dense: WorkspaceFolder) -> None:
     tune(dense, columns)
     path = dense.folder / "tuning" / "database_tuning_record.json"
     dense.write("tuning/database_tuning_record.json", path.read_bytes() + path.read_bytes()[:200])
-    built(dense, "tuned", "1 lines of the records in tuning cannot be read")
+    built(dense, "tuned", "1 line of the records in tuning cannot be read")
 
 
 def test_a_record_that_cannot_be_replayed_is_put_aside(dense: WorkspaceFolder) -> None:
