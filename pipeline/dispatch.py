@@ -61,7 +61,7 @@ class Dispatcher:
     host: Mapping[str, Any]
 
     def decide(self, workload: Workload) -> Decision:
-        """Raises the last refusal where every candidate is put aside."""
+        """Raises StageError where every candidate is put aside: what befell it, where there was but one."""
         offers = self.composition.offers(workload)
         if self.target.file.select == "fastest" and self.can_measure() and _is_plain(workload):
             return self._fastest(workload, offers)
@@ -114,8 +114,8 @@ class Dispatcher:
 
     def _first(self, workload: Workload, offers: Sequence[Offer]) -> Decision:
         trials: list[Trial] = []
-        refusal: TvmakeError | None = None
-        ask = self._asker(workload, trials)
+        refusals: list[TvmakeError] = []
+        ask = self._asker(workload, trials, refusals)
         for offer in offers:
             candidate = ask(offer)
             if candidate is None:
@@ -125,11 +125,12 @@ class Dispatcher:
                 trial = Trial(candidate.strategy) if offer.trusted else self._compared(workload, candidate)
             except TvmakeError as error:
                 self._require_going(error)
-                refusal, trial = error, Trial(candidate.strategy, refused=_said(error))
+                refusals.append(error)
+                trial = Trial(candidate.strategy, refused=_said(error))
             trials.append(trial)
             if not trial.refused:
                 return Decision(candidate, self._why_first(workload, trials, len(offers)), tuple(trials))
-        raise refusal or self._none(workload, trials)
+        raise refusals[0] if len(refusals) == len(trials) == 1 else self._none(workload, trials)
 
     def _why_first(self, workload: Workload, trials: Sequence[Trial], asked: int) -> str:
         without = ""
@@ -152,7 +153,9 @@ class Dispatcher:
         chosen = next(each for each in candidates if each.strategy == best)
         return Decision(chosen, _why_fastest(best, timed), _in_order(trials, offers))
 
-    def _asker(self, workload: Workload, trials: list[Trial] | None = None) -> Callable[[Offer], Candidate | None]:
+    def _asker(
+        self, workload: Workload, trials: list[Trial] | None = None, refusals: list[TvmakeError] | None = None
+    ) -> Callable[[Offer], Candidate | None]:
         """Asks a strategy: a candidate, or None where it does not apply or fails; a failure is added to the trials."""
 
         def ask(offer: Offer) -> Candidate | None:
@@ -162,6 +165,8 @@ class Dispatcher:
                 self._require_going(error)
                 if trials is not None:
                     trials.append(Trial(offer.strategy, refused=_said(error)))
+                if refusals is not None:
+                    refusals.append(error)
                 return None
             if "function" not in entry.outputs:
                 return None

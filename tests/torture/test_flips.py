@@ -65,9 +65,7 @@ def test_each_file_of_a_small_store(place: Place) -> None:
 
 def test_each_file_that_only_one_kind_of_target_needs(tmp_path: Path) -> None:
     """Weights inside the library are a blob of their own."""
-    place = Place(
-        tmp_path / "workspace", tmp_path / "store", targets={"inside": NATIVE + 'weights = "inside"\n'}
-    )
+    place = Place(tmp_path / "workspace", tmp_path / "store", targets={"inside": NATIVE + 'weights = "inside"\n'})
     networks.tiny(place.folder / "net.onnx")
     place.build()
     right = place.artifacts()

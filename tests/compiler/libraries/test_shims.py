@@ -60,7 +60,9 @@ def test_a_library_that_cannot_be_loaded_says_what_to_type(tmp_path: Path) -> No
         load_shim(library, made, replace(found, shared={"libnone.so": tmp_path / "libnone.so"}), driver())
 
 
-@pytest.mark.parametrize("library", installed(), ids=lambda library: library.name)
+@pytest.mark.parametrize(
+    "library", [each for each in installed() if each.name != "attention"], ids=lambda library: library.name
+)
 def test_other_architectures_are_left_alone(library: Library) -> None:
     func = one(matmul("relu"), [(16, 32), (32, 48)], [1])
     assert library.match(func, TARGET, ready(library)[2]) is not None
