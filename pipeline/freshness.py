@@ -25,6 +25,7 @@ from typing import Any
 from pipeline.compiler.strategies import STRATEGIES
 from pipeline.hashing import RACY_NS, Stamp
 from pipeline.models import Model
+from pipeline.processor import THREAD_VARIABLES
 from pipeline.stages import STAGES
 from pipeline.toolchain import PACKAGES, compiler, host_identity, tvm_library
 
@@ -95,7 +96,7 @@ def declaration(model: Model, target: str, composed: str) -> str:
 FOLDERS = ("manual", "strategies", "libraries")
 # Where libraries of operators are looked for: folders that change when one is installed, variables that name others.
 _PLACES = ("/usr/include", "/usr/local/include", "/usr/lib", "/usr/local/lib")
-_ROOTS = ("ONEDNN_ROOT", "OPENBLAS_ROOT", "XNNPACK_ROOT", "OPENBLAS_CORETYPE", "OMP_NUM_THREADS", "TVM_NUM_THREADS")
+_ROOTS = ("ONEDNN_ROOT", "OPENBLAS_ROOT", "XNNPACK_ROOT", *THREAD_VARIABLES)
 
 
 def composed(folder: Path) -> str:

@@ -29,14 +29,18 @@ _PROCESSORS = (
 )
 
 
+# What libraries and pools of threads read of the environment, and what changes how fast and how exactly they compute.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "TVM_NUM_THREADS", "OPENBLAS_CORETYPE")
+
+
 def device() -> str:
-    """What times on this machine hold for: the processor's name, and how many cores a process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limit = os.environ.get("OMP_NUM_THREADS") or os.environ.get("TVM_NUM_THREADS") or ""
+    """What times on this machine hold for: the processor, how many of it a process may use, and the environment."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    said = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if os.environ.get(name)]
     found = re.search(r"^model name\s*:(.*)$", _cpuinfo(), re.MULTILINE)
     features = xxhash.xxh3_64_hexdigest(" ".join(sorted(_features())).encode())
     name = found[1].strip() if found else platform.machine()
-    return f"{name} ({features[:8]}), {cores} cores" + (f", {limit} threads" if limit else "")
+    return ", ".join([f"{name} ({features[:8]})", f"{usable} processors", *said])
 
 
 def cores() -> int:
