@@ -25,7 +25,7 @@ from pipeline import artifact, stages
 from pipeline.assembly import Assembly, Linked, Object
 from pipeline.composition import Composition, Target, names
 from pipeline.config import load_target
-from pipeline.dispatch import Dispatcher, Run, here_and_now
+from pipeline.dispatch import Dispatcher, Run
 from pipeline.errors import CheckError, ConfigError
 from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
@@ -87,7 +87,7 @@ class Build:
             f"{strategy} is put aside for {labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {reason}"
             for (strategy, reason), labels in refused.items()
         ]
-        if self.target(target).file.select == "fastest" and not here_and_now(self.target(target)):
+        if self.target(target).file.select == "fastest" and not self.target(target).is_here:
             put_aside.append('select = "fastest" needs the target\'s device: the first that applies was taken')
         unlinked = [linked.unlinked for model in models if (linked := self.linked(target, model)).unlinked][:1]
         return [*composition.problems, *composition.unused_bindings(workloads), *put_aside, *unlinked]
@@ -235,7 +235,7 @@ class Build:
 
     def _host(self, target: Target) -> dict[str, Any]:
         """The target that this machine is: what prepares weights is compiled for it, whatever they are prepared for."""
-        if here_and_now(target) and not is_source(target.attributes):
+        if target.is_here and not is_source(target.attributes):
             return target.attributes
         return self._once(("host",), lambda: self._resolved(NATIVE)[0])
 
@@ -284,7 +284,7 @@ class Build:
 
     def compiled_for_target(self, target: str, plan: Plan) -> list[Workload]:
         """The workloads that are compiled as the target's order says: not what prepares weights for another machine."""
-        here = self._dispatcher(target).can_measure()
+        here = self.target(target).is_here
         return [workload for workload in plan.workloads if workload.calls or here]
 
     def _pack(self, target: str, model: Model) -> tuple[Weight, ...]:
@@ -298,7 +298,7 @@ class Build:
         resolved, source, linked = self.target(target), self.source(model), self.linked(target, model)
         if not resolved.file.check.enabled:
             return Reference(CheckState.SKIPPED, "switched off in the target's file")
-        if not here_and_now(resolved) or linked.library is None:
+        if not resolved.is_here or linked.library is None:
             return Reference(CheckState.SKIPPED, "what is built for the target does not run on this machine")
         plan = self.plan(target, model)
         inputs = {"skeleton": source.skeleton, **_runnable(linked)}
@@ -328,7 +328,7 @@ class Build:
     def _profile(self, target: str, model: Model) -> Profile | None:
         resolved = self.target(target)
         linked, plan = self.linked(target, model), self.plan(target, model)
-        if not resolved.file.measure.profile or not here_and_now(resolved) or linked.library is None:
+        if not resolved.file.measure.profile or not resolved.is_here or linked.library is None:
             return None
         options: dict[str, object] = {**_signature(plan, linked), "high": model.high, "device": device()}
         action = Action(stages.PROFILE, f"{target}:{model.name}", _runnable(linked), options, resolved.file.timeout)

@@ -14,6 +14,7 @@ said once, by name, and left out.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,6 +51,11 @@ class Target:
     attributes: dict[str, Any]
     llvm: str
 
+    @property
+    def is_here(self) -> bool:
+        """Whether what is built for it runs on this machine."""
+        return runs_here(self.attributes) and not missing_features(self.attributes)
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -78,6 +84,7 @@ class _Found:
     installed: Installed
     source: Digest | None  # of its module, where the workspace has it
 
+    @functools.cached_property
     def identity(self) -> str:
         """What tells this library from another version: enters the keys of what it is asked and of what calls it."""
         parts = [f"{name} {library_identity(path)}" for name, path in self.installed.shared.items()]
@@ -108,6 +115,7 @@ class Composition:
         self._target = target.name
         self._file = target.file
         self._attributes = target.attributes
+        self._is_here = target.is_here
         self._memoizer = memoizer
         self._lock = threading.Lock()
         self._linking: dict[str, Linking] = {}
@@ -174,7 +182,7 @@ class Composition:
     def patterns(self) -> list[list[str]]:
         """The libraries that would have some Relax operators as one function, by name and identity."""
         grouping = {name: found for name, found in self._libraries.items() if hasattr(found.library, "patterns")}
-        return [[name, found.identity()] for name, found in grouping.items() if found.source is None]
+        return [[name, found.identity] for name, found in grouping.items() if found.source is None]
 
     def describe(self, library: str) -> LibraryUse:
         """What a manifest says of a library."""
@@ -254,7 +262,7 @@ class Composition:
             inputs["source"] = found.source
         # What a library packs, and which functions it takes, depends on the processor that it finds.
         options = {
-            "library": found.identity(),
+            "library": found.identity,
             "device": device(),
             "strategy version": found.library.version,
         }
@@ -278,7 +286,7 @@ class Composition:
         inputs = {"shim": source, "header": store.put_file(HEADER)}
         if found.source is not None:
             inputs["source"] = found.source
-        options = {"library": found.library.name, "identity": found.identity()}
+        options = {"library": found.library.name, "identity": found.identity}
         return Action(stages.SHIM, found.library.name, inputs, options)
 
     def _known_libraries(self) -> set[str]:
@@ -305,8 +313,7 @@ class Composition:
             if name not in wanted and not (every and not getattr(library, "by_name_only", False)):
                 continue
             # A library is for the machine that it is installed on.
-            attributes = self._attributes
-            here = attributes["kind"] == "llvm" and runs_here(attributes) and not missing_features(attributes)
+            here = self._is_here and self._attributes["kind"] == "llvm"
             installed = library.find() if here else None
             if installed is not None:
                 yield name, _Found(library, installed, source)

@@ -21,8 +21,8 @@ from pipeline.composition import Composition, Offer, Target
 from pipeline.errors import ConfigError, StageError, TvmakeError
 from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
-from pipeline.platforms import runs_here, triple_of
-from pipeline.processor import device, missing_features
+from pipeline.platforms import triple_of
+from pipeline.processor import device
 from pipeline.store import ActionEntry
 from pipeline.toolchain import driver_identity, nvcc_identity
 from pipeline.types import Candidate, Decision, Packed, Terms, Trial, Workload, symbol_of
@@ -44,11 +44,6 @@ class Compiled:
     shown: Mapping[str, Digest] = field(default_factory=dict)
 
 
-def here_and_now(target: Target) -> bool:
-    """Whether what is built for a target runs on this machine."""
-    return runs_here(target.attributes) and not missing_features(target.attributes)
-
-
 @dataclass(frozen=True)
 class Dispatcher:
     """Decides for the workloads of one target. `run` may be a look-up that raises where the store lacks an action;
@@ -63,20 +58,17 @@ class Dispatcher:
     def decide(self, workload: Workload) -> Decision:
         """Raises StageError where every candidate is put aside: what befell it, where there was but one."""
         offers = self.composition.offers(workload)
-        if self.target.file.select == "fastest" and self.can_measure() and _is_plain(workload):
+        if self.target.file.select == "fastest" and self.target.is_here and _is_plain(workload):
             return self._fastest(workload, offers)
         return self._first(workload, offers)
 
     def prepare(self, workload: Workload) -> None:
         """Has made what deciding needs that needs no quiet: candidates, and where they will be timed their objects."""
         offers = self.composition.offers(workload)
-        if self.target.file.select == "fastest" and self.can_measure() and _is_plain(workload):
+        if self.target.file.select == "fastest" and self.target.is_here and _is_plain(workload):
             self._contenders(workload, [each for each in map(self._asker(workload), offers) if each])
         else:
             self._first(workload, offers)
-
-    def can_measure(self) -> bool:
-        return here_and_now(self.target)
 
     def compiled(self, workload: Workload, candidate: Candidate) -> Compiled:
         """A candidate compiled under its workload's symbol."""
@@ -100,7 +92,7 @@ class Dispatcher:
 
     def preparing(self, workload: Workload, compiled: Object | None) -> tuple[Digest, str]:
         """The object of a function that prepares weights, for this machine, and the library that it calls."""
-        if compiled is not None and self.can_measure():
+        if compiled is not None and self.target.is_here:
             return compiled.blob, compiled.decision.candidate.library
         action = self._codegen(workload, workload.function, workload.symbol, self.host)
         return self.run(action).outputs["object"], ""
@@ -207,7 +199,7 @@ class Dispatcher:
 
     def _compared(self, workload: Workload, candidate: Candidate) -> Trial:
         """What comes of comparing one candidate with the default; it is not timed."""
-        if not (self.can_measure() and _is_plain(workload)):
+        if not (self.target.is_here and _is_plain(workload)):
             return Trial(
                 candidate.strategy, refused="cannot be compared with the default here, and is not this project's own"
             )

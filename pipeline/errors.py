@@ -85,6 +85,11 @@ class ArtifactError(TvmakeError):
     """A built artifact cannot be loaded or called."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def last_line(error: BaseException) -> str:
     """The last line of what an exception says, after the trace of C++ frames that TVM puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -93,6 +93,7 @@ def _features() -> frozenset[str]:
     return frozenset(_plain(flag) for flag in found[1].split()) if found else frozenset()
 
 
+@cache
 def _cpuinfo() -> str:
     try:
         return Path("/proc/cpuinfo").read_text()

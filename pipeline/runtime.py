@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 import tvm_ffi
 
-from pipeline.errors import ArtifactError, SetupError
+from pipeline.errors import ArtifactError, SetupError, first_line
 from pipeline.hashing import Digest
 from pipeline.processor import cores, missing_features
 from pipeline.tensors import (
@@ -107,7 +107,7 @@ class Model:
             self._machine = started(library)
             self._main = self._machine[ENTRY]
         except (AttributeError, RuntimeError) as error:
-            raise ArtifactError(f"{LIBRARY} of {manifest.model} holds no program: {_first_line(error)}") from error
+            raise ArtifactError(f"{LIBRARY} of {manifest.model} holds no program: {first_line(error)}") from error
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -204,7 +204,7 @@ class Model:
             try:
                 result = self._main(*tensors, *self._weights)
             except (RuntimeError, ValueError, TypeError) as error:
-                raise ArtifactError(f"{self.manifest.model} failed to run: {_first_line(error)}") from error
+                raise ArtifactError(f"{self.manifest.model} failed to run: {first_line(error)}") from error
         results = flat(result)
         if len(results) != len(self.outputs):
             raise ArtifactError(
@@ -345,7 +345,7 @@ def open_library(folder: Path, files: Iterable[str], runtime: Path) -> tuple[Any
             if part.is_file():
                 ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise SetupError(f"TVM's runtime does not load: {_first_line(error)}") from error
+        raise SetupError(f"TVM's runtime does not load: {first_line(error)}") from error
     stat = (folder / LIBRARY).stat()
     inode, state = (stat.st_dev, stat.st_ino), (stat.st_size, stat.st_mtime_ns)
     with _fresh_links(folder, {LIBRARY, *files}) as fresh:
@@ -357,7 +357,7 @@ def open_library(folder: Path, files: Iterable[str], runtime: Path) -> tuple[Any
             symbols = ctypes.CDLL(str(library))
             return tvm_ffi.load_module(str(library)), symbols
         except (OSError, RuntimeError) as error:
-            reason = _first_line(error).replace(f"{library}: ", "").replace(str(library), LIBRARY)
+            reason = first_line(error).replace(f"{library}: ", "").replace(str(library), LIBRARY)
             raise ArtifactError(f"{folder / LIBRARY} does not load: {reason}", hint=_REBUILD) from error
 
 
@@ -377,7 +377,7 @@ def preload(libraries: Iterable[Path]) -> None:
         try:
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         except OSError as error:
-            raise ArtifactError(f"{path.name} does not load: {_first_line(error)}", hint=_REBUILD) from error
+            raise ArtifactError(f"{path.name} does not load: {first_line(error)}", hint=_REBUILD) from error
 
 
 @contextmanager
@@ -405,7 +405,7 @@ def _weights_inside(symbols: ctypes.CDLL, library: Path) -> dict[str, Array]:
     try:
         begin, end = (ctypes.addressof(ctypes.c_char.in_dll(symbols, name)) for name in (WEIGHTS_BEGIN, WEIGHTS_END))
     except ValueError as error:
-        raise ArtifactError(f"{library} holds no weights: {_first_line(error)}", hint=_REBUILD) from error
+        raise ArtifactError(f"{library} holds no weights: {first_line(error)}", hint=_REBUILD) from error
     return read_weights(memoryview(memory_at(begin, end - begin, symbols)).cast("B"), str(library))
 
 
@@ -445,7 +445,7 @@ def _input(spec: TensorSpec, value: Any) -> Tensor:
     try:
         tensor = value if isinstance(value, tvm_ffi.Tensor) else tvm_ffi.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise ArtifactError(f"input {spec.name!r} cannot be taken over: {_first_line(error)}") from error
+        raise ArtifactError(f"input {spec.name!r} cannot be taken over: {first_line(error)}") from error
     if tensor.__dlpack_device__()[0] != _CPU:
         raise ArtifactError(f"input {spec.name!r} lies on {tensor.device}, not in CPU memory")
     name = str(tensor.dtype)
@@ -468,7 +468,3 @@ def _check_input(spec: TensorSpec, shape: tuple[int, ...], dtype: np.dtype[Any] 
 
 def _described(spec: TensorSpec) -> str:
     return f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ import linecache
 import sys
 from types import ModuleType
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.hashing import Digest
 
 
@@ -42,9 +42,5 @@ def module_of(source: bytes, shown: str, file: str = "") -> ModuleType:
         sys.modules.pop(name, None)
         if not isinstance(error, Exception):
             raise
-        raise ConfigError(f"{shown} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+        raise ConfigError(f"{shown} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
     return module
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
