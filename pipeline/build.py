@@ -118,11 +118,11 @@ class Build:
 
     def candidates(self, target: str, workload: Workload) -> None:
         """apply: has the target's strategies offer functions for a workload, and compiles those that will be timed."""
-        self._once(("candidates", target, workload.digest), lambda: self._dispatcher(target).prepare(workload))
+        self._once(("candidates", target, workload.digest), lambda: self.dispatcher(target).prepare(workload))
 
     def decision(self, target: str, workload: Workload) -> Decision:
         """dispatch: which candidate is compiled."""
-        return self._once(("decision", target, workload.digest), lambda: self._dispatcher(target).decide(workload))
+        return self._once(("decision", target, workload.digest), lambda: self.dispatcher(target).decide(workload))
 
     def compiled(self, target: str, workload: Workload) -> Object:
         """codegen: the object file of the chosen function."""
@@ -227,7 +227,8 @@ class Build:
         self.plan(target, model)
         return self._once(("extracted", target, model.name), dict)
 
-    def _dispatcher(self, target: str, run: Run | None = None) -> Dispatcher:
+    def dispatcher(self, target: str, run: Run | None = None) -> Dispatcher:
+        """What decides for a target's workloads. `run` may be a look-up that raises where the store lacks an action."""
         resolved = self.target(target)
         return Dispatcher(
             resolved, self.composition(target), self.memoizer, run or self.memoizer.run, self._host(resolved)
@@ -241,11 +242,11 @@ class Build:
 
     def _codegen(self, target: str, workload: Workload) -> Object:
         decision = self.decision(target, workload)
-        return Object(self._dispatcher(target).compiled(workload, decision.candidate), decision)
+        return Object(self.dispatcher(target).compiled(workload, decision.candidate), decision)
 
     def is_compiled(self, target: str, workload: Workload) -> bool:
         """Whether the store has a workload's object and all that led to it. What it has is remembered as asked for."""
-        dispatcher = self._dispatcher(target, self._found)
+        dispatcher = self.dispatcher(target, self._found)
         try:
             decision = dispatcher.decide(workload)
             compiled = dispatcher.compiled(workload, decision.candidate)
@@ -274,7 +275,7 @@ class Build:
             subject=f"{target}:{model.name}",
             target=self.target(target),
             composition=self.composition(target),
-            dispatcher=self._dispatcher(target),
+            dispatcher=self.dispatcher(target),
             memoizer=self.memoizer,
             plan=plan,
             extracted=self._extracted(target, model),

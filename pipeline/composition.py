@@ -3,7 +3,7 @@
     order = ["manual", "library", "tuned", "rules", "default"]     in targets/<name>.toml
       manual    one for each function in manual/*.py that is for the workload
       library   one for each of `libraries` that is installed, this project's or the workspace's libraries/*.py
-      tuned     where the target's record sets have records of the workload
+      tuned     where something that beats the baseline was tuned for the workload, or the target's databases have it
       <name>    strategies/<name>.py of the workspace
     [[operators]] then forbids some, by the operator's name
 
@@ -13,7 +13,6 @@ said once, by name, and left out.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import sys
 import threading
@@ -25,7 +24,7 @@ from typing import Any
 import msgspec
 
 from pipeline import stages
-from pipeline.compiler import libraries, strategies
+from pipeline.compiler import libraries, search, strategies
 from pipeline.compiler.libraries import Installed, Library
 from pipeline.compiler.libraries.shims import HEADER, POOL
 from pipeline.compiler.strategies.manual import Manual
@@ -39,6 +38,8 @@ from pipeline.platforms import runs_here
 from pipeline.processor import device, missing_features
 from pipeline.sources import object_of
 from pipeline.toolchain import library_identity, openmp_runtime
+from pipeline.tuning.ledger import Ledger
+from pipeline.tuning.records import encoded
 from pipeline.types import LibraryUse, Plan, Workload
 
 
@@ -97,6 +98,23 @@ def names(folder: Path) -> list[str]:
     return [*own, *(path.stem for kind in ("strategies", "libraries") for path in _files(folder / kind))]
 
 
+def space_of(folder: Path, name: str) -> tuple[search.Space, Path | None]:
+    """A search space: this project's, or the workspace's spaces/<name>.py with the path of that file.
+
+    Raises ConfigError where there is none, and for a file that cannot be used.
+    """
+    if name in search.names():
+        return search.by_name(name), None
+    path = folder / "spaces" / f"{name}.py"
+    try:
+        return search.of(name, path.read_bytes()), path
+    except OSError as error:
+        raise ConfigError(
+            f"there is no search space {name!r}", hint=f"spaces: {', '.join(search.names())}, and spaces/*.py here"
+        ) from error
+
+
+_WINNERS = 3  # records that `tuned` is given: should the best not be made again, the next is
 _DATABASE = {"workloads": "database_workload.json", "records": "database_tuning_record.json"}
 
 
@@ -121,6 +139,7 @@ class Composition:
         self._linking: dict[str, Linking] = {}
         self._pool: tuple[dict[str, Digest], dict[str, Digest]] | None = None
         self._records: dict[str, list[Digest]] = {}
+        self._ledger = Ledger(memoizer.store, target.file.measure.noise)
         self.problems: list[str] = []
         self._libraries = dict(self._installed())
         self._bindings = list(self._bound())
@@ -133,6 +152,8 @@ class Composition:
         shared = [path for each in self._libraries.values() for path in each.installed.shared.values()]
         ours = [Path(sys.modules[type(each.library).__module__].__file__ or "") for each in found]
         shims = [each.library.shim for each in found if isinstance(each.library.shim, Path)]
+        if "tuned" in self._file.order:
+            databases.append(self._memoizer.store.sets.changed)
         return [*own, *databases, *shared, *ours, *shims]
 
     def offers(self, workload: Workload) -> list[Offer]:
@@ -140,7 +161,7 @@ class Composition:
 
         Raises ConfigError where the target's rules leave none.
         """
-        rules = [rule for rule in self._file.operators if _matches(rule.match, workload)]
+        rules = [rule for rule in self._file.operators if workload.matches(rule.match)]
         found = [
             offer
             for name in self._file.order
@@ -233,11 +254,10 @@ class Composition:
                     f"{file}: {function} is left out: {bound[0][0]} has another function for {workload.label}"
                 )
         elif name == "tuned":
-            groups = self._records.get(workload.digest, [])
-            if groups:
-                yield Offer(
-                    name, {f"records{i}": group for i, group in enumerate(groups)}, {"strategy version": Tuned.version}
-                )
+            inputs = {f"records{i}": group for i, group in enumerate(self._records.get(workload.digest, []))}
+            inputs |= self._winners(workload)
+            if inputs:
+                yield Offer(name, inputs, {"strategy version": Tuned.version})
         elif name in self._libraries or name in self._known_libraries():
             yield from self._library_offer(name)
         elif any(strategy.name == name for strategy in strategies.STRATEGIES):
@@ -246,6 +266,27 @@ class Composition:
             own = self._source(self._folder / "strategies" / f"{name}.py")
             if own is not None:
                 yield Offer(name, {"source": own}, trusted=False)
+
+    def space(self, name: str) -> tuple[search.Space, dict[str, Digest]]:
+        """A search space, and what of it enters keys: the bytes of its file, where it is the workspace's."""
+        found, path = space_of(self._folder, name)
+        return found, {} if path is None else {"source": self._memoizer.store.put_file(path)}
+
+    def _winners(self, workload: Workload) -> dict[str, Digest]:
+        """The best records of what was tuned here: validated, faster than the baseline, the best first; and the files
+        of the spaces that they are of."""
+        key = self._ledger.key_of(workload.digest, self._attributes, device())
+        inputs: dict[str, Digest] = {}
+        winners: list[Digest] = []
+        for winner in self._ledger.standing(key).winners[:_WINNERS]:
+            try:
+                _, sources = self.space(winner.trial.space)
+            except ConfigError as error:
+                self._problem(f"a tuned {workload.label} is passed over: {error.message}")
+                continue
+            winners.append(self._memoizer.store.put(encoded(winner.trial)))
+            inputs |= {f"space.{winner.trial.space}": source for source in sources.values()}
+        return inputs | {f"winner{i}": record for i, record in enumerate(winners)}
 
     def _library_offer(self, name: str) -> Iterator[Offer]:
         found = self._libraries.get(name)
@@ -350,10 +391,6 @@ class Composition:
         with self._lock:
             if text not in self.problems:
                 self.problems.append(text)
-
-
-def _matches(pattern: str, workload: Workload) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (workload.label, workload.name, workload.digest))
 
 
 def _names(listed: tuple[str, ...], offer: Offer) -> bool:

@@ -40,6 +40,25 @@ class Measure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     patience: float = 20.0
 
 
+class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[tune]: how `doit tune` searches.
+
+    spaces    search spaces in order: "rules", "post-order-apply", "dlight"; where absent those that suit the target
+    trials    candidates of each operator, at most
+    patience  candidates without a gain after which an operator is left
+    batch     candidates that are measured together
+    seconds   of timing for each candidate
+    timeout   seconds that compiling one may take
+    """
+
+    spaces: tuple[str, ...] | None = None
+    trials: int = 512
+    patience: int = 96
+    batch: int = 24
+    seconds: float = 0.03
+    timeout: float = 60.0
+
+
 class Operators(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[[operators]]: which strategies some operators may use. Of several that match, each has its say.
 
@@ -65,7 +84,7 @@ class TargetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     records  folders of MetaSchedule databases, from the workspace's folder, that "tuned" takes its records from
     weights  "beside" the library in a file, or "inside" it
     timeout  seconds that one action may take
-    check, measure, operators  see Check, Measure, Operators
+    check, measure, tune, operators  see Check, Measure, Tune, Operators
     """
 
     target: str | dict[str, Any]
@@ -79,6 +98,7 @@ class TargetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     timeout: float = 1800.0
     check: Check = Check()
     measure: Measure = Measure()
+    tune: Tune = Tune()
     operators: tuple[Operators, ...] = ()
 
 
@@ -132,7 +152,7 @@ def _allowed() -> str:
     for name in TargetFile.__struct_fields__:
         choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
         keys.append(name + (f" ({', '.join(choices)})" if choices else ""))
-    tables = {"[check]": Check, "[measure]": Measure, "[[operators]]": Operators}
+    tables = {"[check]": Check, "[measure]": Measure, "[tune]": Tune, "[[operators]]": Operators}
     under = "; ".join(f"under {name}: {', '.join(table.__struct_fields__)}" for name, table in tables.items())
     return f"keys: {', '.join(keys)}; {under}"
 
@@ -147,6 +167,12 @@ def _require_sensible(path: Path, read: TargetFile) -> None:
     for name, seconds in (("seconds", read.measure.seconds), ("patience", read.measure.patience)):
         if not seconds > 0:
             raise ConfigError(f"{_shown(path)}: measure.{name} is {seconds}", hint="give seconds, more than 0")
+    for name, number in (("trials", read.tune.trials), ("patience", read.tune.patience), ("batch", read.tune.batch)):
+        if number < 1:
+            raise ConfigError(f"{_shown(path)}: tune.{name} is {number}", hint="give a number of 1 or more")
+    for name, seconds in (("seconds", read.tune.seconds), ("timeout", read.tune.timeout)):
+        if not seconds > 0:
+            raise ConfigError(f"{_shown(path)}: tune.{name} is {seconds}", hint="give seconds, more than 0")
     if any(seed < 0 for seed in read.check.seeds):
         raise ConfigError(f"{_shown(path)}: check.seeds is {list(read.check.seeds)}", hint="give numbers of 0 or more")
 

@@ -45,6 +45,39 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class Linked:
+    """A candidate as it is measured: its name there, its symbol, and all that it is linked of."""
+
+    name: str
+    symbol: str
+    objects: Mapping[str, Digest]
+    shared: Mapping[str, Digest]
+    packed: Sequence[Packed] = ()
+
+
+def measuring(workload: Workload, contenders: Sequence[Linked], terms: Terms, target: Target) -> Action:
+    """What compares candidates of a workload with the first of them, and times the others."""
+    named: list[list[object]] = []
+    inputs: dict[str, Digest] = {}
+    for each in contenders:
+        inputs |= {digest.hash: digest for digest in (*each.objects.values(), *each.shared.values())}
+        objects = {name: digest.hash for name, digest in each.objects.items()}
+        shared = {name: digest.hash for name, digest in each.shared.items()}
+        packed = [[p.param, symbol_of(p.function.hash), list(p.spec.shape), p.spec.dtype] for p in each.packed]
+        named.append([each.name, each.symbol, objects, shared, packed])
+    options: dict[str, object] = {
+        "contenders": named,
+        "parameters": [[list(spec.shape), spec.dtype] for spec in workload.parameters],
+        "written": list(workload.written),
+        "seeds": list(terms.seeds),
+        "seconds": terms.seconds,
+        "patience": terms.patience,
+        "device": device(),
+    }
+    return Action(stages.MEASURE, f"{target.name}:{workload.label}", inputs, options, target.file.timeout)
+
+
+@dataclass(frozen=True)
 class Dispatcher:
     """Decides for the workloads of one target. `run` may be a look-up that raises where the store lacks an action;
     `host` is what this machine is as a target, for what must run here whatever the target."""
@@ -55,9 +88,10 @@ class Dispatcher:
     run: Run
     host: Mapping[str, Any]
 
-    def decide(self, workload: Workload) -> Decision:
-        """Raises StageError where every candidate is put aside: what befell it, where there was but one."""
-        offers = self.composition.offers(workload)
+    def decide(self, workload: Workload, without: str = "") -> Decision:
+        """Among all strategies, or all but one. Raises StageError where every candidate is put aside: what befell it,
+        where there was but one."""
+        offers = [offer for offer in self.composition.offers(workload) if offer.strategy != without]
         if self.target.file.select == "fastest" and self.target.is_here and _is_plain(workload):
             return self._fastest(workload, offers)
         return self._first(workload, offers)
@@ -183,14 +217,15 @@ class Dispatcher:
         found = []
         for candidate in candidates:
             try:
-                found.append((candidate, self._objects(workload, candidate)))
+                found.append((candidate, self.objects(workload, candidate)))
             except TvmakeError as error:
                 self._require_going(error)
                 if trials is not None:
                     trials.append(Trial(candidate.strategy, refused=_said(error)))
         return found
 
-    def _objects(self, workload: Workload, candidate: Candidate) -> dict[str, Digest]:
+    def objects(self, workload: Workload, candidate: Candidate) -> dict[str, Digest]:
+        """What a candidate is compiled to: itself, under its workload's symbol, and what lays out its weights."""
         objects = {f"{workload.symbol}.o": self.compiled(workload, candidate).object}
         for packed in candidate.packed:
             made = self.run(self.packing(workload, packed)).outputs["object"]
@@ -210,7 +245,7 @@ class Dispatcher:
     ) -> dict[str, Trial]:
         plain = Candidate(REFERENCE, workload.function, workload.function)
         if all(candidate.function != workload.function for candidate, _ in contenders):
-            reference = (plain, self._objects(workload, plain))
+            reference = (plain, self.objects(workload, plain))
         else:
             reference = next(each for each in contenders if each[0].function == workload.function)
         entry = self.run(self._measure(workload, [reference, *contenders], seconds))
@@ -219,33 +254,15 @@ class Dispatcher:
     def _measure(
         self, workload: Workload, contenders: Sequence[tuple[Candidate, dict[str, Digest]]], seconds: bool
     ) -> Action:
-        inputs: dict[str, Digest] = {}
-        named = []
-        for candidate, own in contenders:
-            objects, shared = self.composition.linked_with([candidate.library])
-            files = {**own, **objects}
-            inputs |= {digest.hash: digest for digest in (*files.values(), *shared.values())}
-            packed = [[p.param, symbol_of(p.function.hash), list(p.spec.shape), p.spec.dtype] for p in candidate.packed]
-            named.append(
-                [
-                    candidate.strategy,
-                    {name: digest.hash for name, digest in files.items()},
-                    {name: digest.hash for name, digest in shared.items()},
-                    packed,
-                ]
-            )
-        terms = self.target.file.measure
-        options: dict[str, object] = {
-            "contenders": named,
-            "symbol": workload.symbol,
-            "parameters": [[list(spec.shape), spec.dtype] for spec in workload.parameters],
-            "written": list(workload.written),
-            "seeds": list(Terms().seeds),
-            "seconds": terms.seconds if seconds else 0.0,
-            "patience": terms.patience,
-            "device": device(),
-        }
-        return Action(stages.MEASURE, f"{self.target.name}:{workload.label}", inputs, options, self.target.file.timeout)
+        own = self.target.file.measure
+        terms = Terms(seconds=own.seconds if seconds else 0.0, patience=own.patience)
+        linked = [self.linked(candidate, objects, workload.symbol) for candidate, objects in contenders]
+        return measuring(workload, linked, terms, self.target)
+
+    def linked(self, candidate: Candidate, objects: Mapping[str, Digest], symbol: str) -> Linked:
+        """A compiled candidate, under that symbol, with what it is linked with."""
+        more, shared = self.composition.linked_with([candidate.library])
+        return Linked(candidate.strategy, symbol, {**objects, **more}, shared, candidate.packed)
 
     def _require_going(self, error: TvmakeError) -> None:
         """What is no candidate's fault fails as a whole: a build that is being stopped, a full disk, a missing tool."""

@@ -70,7 +70,10 @@ class StageError(TvmakeError):
 
 
 class WorkerDiedError(StageError):
-    """The process that ran a stage died: a signal, memory, or a crash of the compiler."""
+    """The process that ran a stage died: a signal, memory, or a crash of the compiler. `timed_out` where it was stopped
+    because it took too long."""
+
+    timed_out = False
 
 
 class CheckError(StageError):

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import time
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,16 @@ def _changed_ns(path: Path) -> int:
         return 0
 
 
-def holds(kept: Mapping[str, Any] | None, declared: str) -> bool:
-    """Whether everything that a record names is as it was. A record of another form does not hold."""
+def holds(kept: Mapping[str, Any] | None, declared: str, but: Collection[str] = ()) -> bool:
+    """Whether everything that a record names is as it was, but for some files. A record of another form does not
+    hold."""
     try:
         if not kept or kept["declared"] != declared:
             return False
         return all(
             Stamp(*stamp).still_holds(Path(name), kept["at"]) if stamp else not Path(name).exists()
             for name, stamp in kept["files"].items()
+            if name not in but
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
@@ -93,7 +95,7 @@ def declaration(model: Model, target: str, composed: str) -> str:
 
 
 # Of a workspace, each of Python files that strategies are made of.
-FOLDERS = ("manual", "strategies", "libraries")
+FOLDERS = ("manual", "strategies", "libraries", "spaces")
 # Where libraries of operators are looked for: folders that change when one is installed, variables that name others.
 _PLACES = ("/usr/include", "/usr/local/include", "/usr/lib", "/usr/local/lib")
 _ROOTS = ("ONEDNN_ROOT", "OPENBLAS_ROOT", "XNNPACK_ROOT", *THREAD_VARIABLES)

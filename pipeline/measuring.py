@@ -8,12 +8,16 @@
 All candidates are timed interleaved, round after round, so that a machine that is slower for a second is so for all of
 them. The time of a candidate is the least of its rounds; how far the least of the odd and of the even rounds are apart
 says how far to trust it.
+
+What the reference gives is kept for as long as this process lives: hundreds of candidates of one operator are compared
+with it, and it is the slowest of all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import os
 import pickle
@@ -23,21 +27,22 @@ import struct
 import tempfile
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from pipeline.errors import last_line
-from pipeline.hashing import Digest
 from pipeline.linker import link
 from pipeline.runtime import find_runtime, open_library
 from pipeline.samples import seeded_inputs
 from pipeline.tensors import Array, aligned_copy, array_over, tensor_over
-from pipeline.types import LIBRARY, TensorSpec, Terms, Trial
-from pipeline.weightfile import dtype_of
+from pipeline.types import LIBRARY, Cause, TensorSpec, Terms, Trial
+from pipeline.weightfile import ALIGNMENT, dtype_of
 
 # Largest error allowed, max |y - r| / max |r|, by dtype: some hundred times its rounding error. Other dtypes: exact.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -45,11 +50,16 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-
 _ROUNDS = 5  # at least
 _SLICE = 2e-3  # seconds that one round of one candidate takes, or one call where that is longer
 _HOPELESS = 4.0  # times the fastest: more rounds would not change the choice
+_QUIET, _WINDOW, _WAIT = 0.2, 0.05, 3.0  # share of processors that others use, and seconds: to look, to wait at most
+_KEPT_BYTES = 256 << 20  # of what references give
+_ENDED = ("crashed", "ended")
 
 
 @dataclass(frozen=True)
 class Contender:
     """A compiled candidate: its objects by file name, shared libraries by name, and how it takes its weights.
+
+    Contenders with the same objects are linked once.
 
     packed  for each parameter in a layout of its own: index, symbol of the function that lays it out, spec
     """
@@ -72,18 +82,74 @@ def measure(
 
     Raises RuntimeError where the reference itself cannot be run.
     """
+    expected = _expected(reference, [parameters[i] for i in written], terms.seeds)
     refused: dict[str, Trial] = {}
     while True:
         left = [each for each in contenders if each.name not in refused]
         with tempfile.TemporaryDirectory(prefix="tvmake-") as folder:
-            trial = _Trial(parameters, written, reference, left, terms, Path(folder))
+            trial = _Trial(parameters, written, reference, left, terms, expected, Path(folder))
             names = list(dict.fromkeys([reference.name, *(each.name for each in left)]))
-            found, at, cause = _watched(trial.run, names, terms.patience)
+            found, at, said = _watched(trial.run, names, terms.patience)
         if found is not None:
             return {**found, **refused}
         if at == reference.name or at not in {each.name for each in left}:
-            raise RuntimeError(f"the function that candidates are compared with {cause}")
-        refused[at] = Trial(at, refused=cause)
+            raise RuntimeError(f"the function that candidates are compared with {said}")
+        refused[at] = Trial(at, refused=said, cause=Cause.CRASHED if said.startswith(_ENDED) else Cause.TIMED_OUT)
+
+
+class _Expected:
+    """What the reference gives for each seed, in memory that the child which runs it shares with this process."""
+
+    def __init__(self, specs: Sequence[TensorSpec], seeds: Sequence[int]) -> None:
+        self._specs = specs
+        self._seeds = seeds
+        # Shared with children. The first byte says whether the rest is there.
+        self._memory = mmap.mmap(-1, ALIGNMENT + len(seeds) * sum(_nbytes(spec) + ALIGNMENT for spec in specs))
+
+    @property
+    def size(self) -> int:
+        return len(self._memory)
+
+    @property
+    def is_known(self) -> bool:
+        return self._memory[0] == 1
+
+    def keep(self, results: Sequence[Sequence[Array]]) -> None:
+        """Called in the child."""
+        for ours, theirs in zip(self.results(), results, strict=True):
+            for mine, other in zip(ours, theirs, strict=True):
+                mine[...] = other
+        self._memory[0] = 1
+
+    def results(self) -> list[list[Array]]:
+        """Of each seed, the arrays that are written."""
+        place, found = ALIGNMENT, []
+        for _ in self._seeds:
+            arrays = []
+            for spec in self._specs:
+                count = math.prod(spec.shape)
+                arrays.append(np.frombuffer(self._memory, dtype_of(spec.dtype), count, place).reshape(spec.shape))
+                place += -(-_nbytes(spec) // ALIGNMENT) * ALIGNMENT
+            found.append(arrays)
+        return found
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * dtype_of(spec.dtype).itemsize
+
+
+_known: OrderedDict[object, _Expected] = OrderedDict()
+
+
+def _expected(reference: Contender, specs: Sequence[TensorSpec], seeds: Sequence[int]) -> _Expected:
+    """What is known of a reference, whose objects are named by what is in them."""
+    question = (reference.symbol, tuple(sorted(reference.objects.items())), tuple(specs), tuple(seeds))
+    if question not in _known:
+        _known[question] = _Expected(specs, seeds)
+    _known.move_to_end(question)
+    while len(_known) > 1 and sum(each.size for each in _known.values()) > _KEPT_BYTES:
+        _known.popitem(last=False)
+    return _known[question]
 
 
 At = Callable[[str], None]
@@ -159,6 +225,10 @@ def _ended(status: int) -> str:
 class _RefusedError(Exception):
     """A candidate is put aside; the message says why."""
 
+    def __init__(self, message: str, cause: Cause) -> None:
+        super().__init__(message)
+        self.cause = cause
+
 
 class _Trial:
     """What the child does."""
@@ -170,6 +240,7 @@ class _Trial:
         reference: Contender,
         contenders: Sequence[Contender],
         terms: Terms,
+        expected: _Expected,
         folder: Path,
     ) -> None:
         self._parameters = parameters
@@ -177,25 +248,36 @@ class _Trial:
         self._reference = reference
         self._contenders = contenders
         self._terms = terms
+        self._expected = expected
         self._folder = folder
+        self._linked: dict[object, Any] = {}
 
     def run(self, at: At) -> dict[str, Trial]:
         trials: dict[str, Trial] = {}
         at(self._reference.name)
-        reference = self._loaded(self._reference)
-        expected = [(given, reference(given)) for given in map(self._inputs, self._terms.seeds)]
+        given = [self._inputs(seed) for seed in self._terms.seeds]
+        is_timed = any(each.name == self._reference.name for each in self._contenders)
+        if is_timed or not self._expected.is_known:
+            reference = self._loaded(self._reference)
+        if not self._expected.is_known:
+            self._expected.keep([reference(each) for each in given])
+        expected = list(zip(given, self._expected.results(), strict=True))
         ready: dict[str, Callable[[], None]] = {}
         for contender in self._contenders:
             at(contender.name)
             try:
-                call = reference if contender.name == self._reference.name else self._loaded(contender)
-                error = 0.0 if call is reference else self._compared(call, expected)
+                is_reference = contender.name == self._reference.name
+                call = reference if is_reference else self._loaded(contender)
+                error = 0.0 if is_reference else self._compared(call, expected)
                 trials[contender.name] = Trial(contender.name, error=error)
-                ready[contender.name] = call.prepared(expected[0][0])
+                ready[contender.name] = call.prepared(given[0])
             except _RefusedError as refusal:
-                trials[contender.name] = Trial(contender.name, refused=str(refusal))
+                trials[contender.name] = Trial(contender.name, refused=str(refusal), cause=refusal.cause)
         if self._terms.seconds:
-            for name, (seconds, noise) in _timed(ready, self._terms.seconds, at).items():
+            # What disturbs for a moment is waited for, what goes on is met with more rounds.
+            quiet = wait_for_quiet(min(_WAIT, self._terms.patience / 3))
+            budget = self._terms.seconds * (1 if quiet else 2)
+            for name, (seconds, noise) in _timed(ready, budget, at).items():
                 trials[name] = Trial(name, seconds, "", trials[name].error, noise)
         return trials
 
@@ -203,16 +285,21 @@ class _Trial:
         return [aligned_copy(array) for array in seeded_inputs(self._parameters, seed).values()]
 
     def _loaded(self, contender: Contender) -> _Call:
-        folder = self._folder / Digest.of(contender.name.encode()).hash[:16]
-        folder.mkdir()
         try:
+            return _Call(self._library(contender), contender, self._parameters, self._written)
+        except (OSError, RuntimeError, AttributeError) as error:
+            raise _RefusedError(f"cannot be loaded: {last_line(error)}", Cause.FAILED) from error
+
+    def _library(self, contender: Contender) -> Any:
+        parts = (tuple(contender.objects.items()), tuple(contender.libraries.items()))
+        if parts not in self._linked:
+            folder = self._folder / str(len(self._linked))
+            folder.mkdir()
             for path in contender.libraries.values():
                 ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
             (folder / LIBRARY).write_bytes(link(contender.objects, libraries=contender.libraries))
-            library, _ = open_library(folder, (), find_runtime())
-            return _Call(library, contender, self._parameters, self._written)
-        except (OSError, RuntimeError, AttributeError) as error:
-            raise _RefusedError(f"cannot be loaded: {last_line(error)}") from error
+            self._linked[parts] = open_library(folder, (), find_runtime())[0]
+        return self._linked[parts]
 
     def _compared(self, call: _Call, expected: Sequence[tuple[list[Array], list[Array]]]) -> float:
         worst = 0.0
@@ -222,7 +309,7 @@ class _Trial:
                 error = _error(ours, theirs)
                 if not error <= allowed:
                     raise _RefusedError(
-                        f"gives another result than the default: {_difference(error, ours)}, seed {seed}"
+                        f"gives another result than the default: {_difference(error, ours)}, seed {seed}", Cause.WRONG
                     )
                 worst = max(worst, error)
         return worst
@@ -264,7 +351,7 @@ class _Call:
         try:
             function(*tensors)
         except Exception as error:
-            raise _RefusedError(f"fails: {last_line(error)}") from error
+            raise _RefusedError(f"fails: {last_line(error)}", Cause.FAILED) from error
 
 
 def _empty(spec: TensorSpec) -> Array:
@@ -277,6 +364,15 @@ def _spoilt(array: Array) -> Array:
     return spoilt
 
 
+def wait_for_quiet(limit: float) -> bool:
+    """Waits, so many seconds at most, until other programs leave the machine alone; whether they do."""
+    end = time.monotonic() + limit
+    while psutil.cpu_percent(_WINDOW) / 100 > _QUIET:
+        if time.monotonic() > end:
+            return False
+    return True
+
+
 def _timed(calls: Mapping[str, Callable[[], None]], budget: float, at: At) -> dict[str, tuple[float, float]]:
     """Least seconds and noise of each call, in rounds."""
     counts = {}
@@ -286,10 +382,14 @@ def _timed(calls: Mapping[str, Callable[[], None]], budget: float, at: At) -> di
         took = _once(call, 1)
         if took < _SLICE:  # what is done once at the first call is a part of it
             took = _once(call, 1)
+        else:
+            rounds[name].append(took)
         counts[name] = max(1, int(_SLICE / max(took, 1e-7)))
-    spent = dict.fromkeys(calls, 0.0)
+    spent = {name: sum(taken) for name, taken in rounds.items()}
+    first = next(iter(calls), "")
     while going := [name for name in calls if _goes_on(name, rounds, spent, budget)]:
-        for name in going:
+        # The first is what the others are held against: it runs as long as any of them does.
+        for name in dict.fromkeys([first, *going]):
             at(name)
             took = _once(calls[name], counts[name])
             rounds[name].append(took)

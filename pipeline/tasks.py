@@ -3,6 +3,7 @@
     resolve:<target>    read:<model>    extract:<target>:<model>
     apply:  dispatch:  codegen:<target>:<operator>-<short key>
     pack:   link:  check:  profile:  artifact:<target>:<model>
+    tune:<target>:<operator>-<short key>    apart from all others: a build never waits for it
 
 doit gives order, parallel runs and what is up to date. A task's action asks the build for its stage's result, and the
 build knows what that needs, so a task run alone does what it takes. The tasks of operators are known from the last
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +26,10 @@ from doit.globals import Globals
 from pipeline import freshness
 from pipeline.errors import TvmakeError
 from pipeline.models import Model
-from pipeline.workspace import BEGUN_NS, Part, Selection, Workspace
+from pipeline.workspace import BEGUN_NS, Part, Selection, Workspace, jobs
 
 if TYPE_CHECKING:
-    from pipeline.types import Plan, Workload
+    from pipeline.types import Plan, Profile, Workload
 
 DOCS = {
     "resolve": "targets as TVM understands them",
@@ -43,6 +45,7 @@ DOCS = {
     "artifact": "artifacts/<target>/<model>: library, weights, manifest.json",
 }
 FRONT = ("resolve", "read", "extract")
+TUNE = "tune"
 
 
 class StageAction(BaseAction):
@@ -87,6 +90,8 @@ def create(workspace: Workspace, selection: Selection) -> Iterator[dict[str, Any
         yield from _front(workspace, pairs, known)
     if with_back:
         yield from _back(workspace, pairs, known, with_deps=selection.part is Part.ALL)
+    if selection.part is Part.ALL:
+        yield from _tuning(workspace, pairs, known)
 
 
 def _front(workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known) -> Iterator[dict[str, Any]]:
@@ -134,6 +139,46 @@ def _back(
             **_task("artifact", pair, is_fresh, partial(known.finish, target, model), [f"profile:{pair}"]),
             "clean": [(_remove, [workspace.artifact(target, model)])],
         }
+
+
+def _tuning(workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known) -> Iterator[dict[str, Any]]:
+    """A task for each operator that is known. No other depends on it, and no command runs it unless it is named."""
+    yield {
+        "basename": TUNE,
+        "name": None,
+        "doc": "a search for a faster function for each operator; never part of a build",
+    }
+    operators = {
+        (target, workload.digest): workload
+        for target, model in pairs
+        if (plan := known.plan(target, model)) is not None
+        for workload in plan.workloads
+        if workload.calls
+    }
+    for (target, _), workload in operators.items():
+        yield {
+            "basename": TUNE,
+            "name": f"{target}:{workload.label}",
+            "actions": [StageAction(partial(_tune, workspace, target, workload))],
+            "uptodate": [False],
+            "doc": " ".join((workload.name, *workload.shapes)),
+        }
+
+
+def _tune(workspace: Workspace, target: str, workload: Workload) -> dict[str, Any]:
+    """A night over one operator, of models that are built. Returns what is remembered of it."""
+    from pipeline.tuning.local import tune_one
+
+    pairs = [pair for pair in workspace.pairs(Selection()) if pair[0] == target]
+    models = built(workspace, [pair for pair in pairs if _uses(workspace, pairs, *pair, workload)])
+    if not models:
+        raise TvmakeError(f"a model of {target}:{workload.label} is not built", hint="run: doit build")
+    return tune_one(workspace, models, target, workload, jobs())
+
+
+def _uses(workspace: Workspace, pairs: list[tuple[str, Model]], target: str, model: Model, workload: Workload) -> bool:
+    plan = _Known(workspace, pairs).plan(target, model)
+    return plan is not None and any(each.digest == workload.digest for each in plan.workloads)
 
 
 def _missing(workspace: Workspace, target: str, plan: Plan) -> list[Workload]:
@@ -197,6 +242,34 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Built:
+    """A model as the last build left it: `profile` is None where it was not timed."""
+
+    target: str
+    model: Model
+    plan: Plan
+    profile: Profile | None
+
+
+def built(workspace: Workspace, pairs: list[tuple[str, Model]]) -> list[Built] | None:
+    """The models as they were last built; None where one of them is not, or would be built anew for another reason than
+    that there are new tuning records. Does nothing, and needs no TVM."""
+    import msgspec
+
+    from pipeline.types import Profile
+
+    known = _Known(workspace, pairs)
+    found = []
+    for target, model in pairs:
+        plan = known.plan(target, model)
+        if plan is None or not known.is_built(target, model):
+            return None
+        kept = _values(f"profile:{target}:{model.name}").get("profile")
+        found.append(Built(target, model, plan, msgspec.convert(kept, Profile) if kept else None))
+    return found
+
+
 class _Known:
     """What is known of a workspace's artifacts without doing anything: their records and plans in doit's database."""
 
@@ -214,6 +287,14 @@ class _Known:
             kept = _values(f"artifact:{target}:{model.name}").get("record")
             self._fresh[pair] = freshness.holds(kept, self._declared[pair])
         return self._fresh[pair]
+
+    def is_built(self, target: str, model: Model) -> bool:
+        """Whether the artifact is what a build would make, new tuning records left aside."""
+        from pipeline.store import Store, default_root
+
+        records = Store(default_root()).sets.changed
+        kept = _values(f"artifact:{target}:{model.name}").get("record")
+        return freshness.holds(kept, self._declared[target, model.name], but=[str(records)])
 
     def plan(self, target: str, model: Model) -> Plan | None:
         """The plan of the last extraction, where it is remembered and the store still has it."""

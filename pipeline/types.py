@@ -15,6 +15,7 @@ Manifest       what an artifact says of itself: manifest.json
 from __future__ import annotations
 
 import enum
+import fnmatch
 from typing import Any
 
 import msgspec
@@ -64,6 +65,7 @@ class Workload(msgspec.Struct, frozen=True):
     calls: int  # per inference; 0 where only the preparation of weights calls it
     prepares: bool  # whether the preparation of weights calls it
     written: tuple[int, ...] = ()  # indices of the parameters that it writes
+    copies: bool = False  # whether it copies its input and does nothing else
 
     @property
     def digest(self) -> str:
@@ -79,6 +81,10 @@ class Workload(msgspec.Struct, frozen=True):
     def label(self) -> str:
         """What a person reads: name and short key."""
         return f"{self.name}-{self.function.hash[:8]}"
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern with * and ? is for it: by label, name or digest."""
+        return any(fnmatch.fnmatchcase(name, pattern) for name in (self.label, self.name, self.digest))
 
     @property
     def parameters(self) -> tuple[TensorSpec, ...]:
@@ -143,11 +149,21 @@ class Candidate(msgspec.Struct, frozen=True):
     library: str = ""
 
 
+class Cause(enum.StrEnum):
+    """Why a candidate that was run was put aside."""
+
+    WRONG = "wrong"  # another result than the default's
+    FAILED = "failed"  # it cannot be loaded, or says an error when it is called
+    CRASHED = "crashed"  # it ended the process
+    TIMED_OUT = "timed out"
+
+
 class Trial(msgspec.Struct, frozen=True):
     """What became of one candidate.
 
     seconds  least seconds of a run, None where it was not timed
     refused  why it was put aside, "" where it was not
+    cause    the kind of that reason, where the candidate was run
     error    max |y - r| / max |r| over all outputs and seeds, against the default's; None where it was not compared
     noise    how far its time is to be trusted, relative
     """
@@ -157,6 +173,7 @@ class Trial(msgspec.Struct, frozen=True):
     refused: str = ""
     error: float | None = None
     noise: float = 0.0
+    cause: Cause | None = None
 
 
 class Terms(msgspec.Struct, frozen=True):

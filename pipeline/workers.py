@@ -39,8 +39,12 @@ _PATIENCE = 0.5  # seconds that callers wait for busy workers, all together, bef
 _LAST_WORDS = 8  # lines
 
 
+_REUSED = (Home.COMPILER, Home.RUNNER)
+
+
 class Workers:
-    """At most `limit` processes that are used again, and as many that are not, working for the store at `root`.
+    """At most `limit` processes of each home that is used again, and as many that are not, working for the store at
+    `root`.
 
     Every method may be called from any thread.
     """
@@ -48,8 +52,8 @@ class Workers:
     def __init__(self, root: Path, limit: int) -> None:
         self.limit = limit
         self._root = root
-        self._idle: list[_Worker] = []
-        self._crew: set[_Worker] = set()  # those that are used again
+        self._idle: dict[Home, list[_Worker]] = {home: [] for home in _REUSED}
+        self._crews: dict[Home, set[_Worker]] = {home: set() for home in _REUSED}  # those that are used again
         self._waited = 0.0  # seconds, all callers together, since one was last started
         self._all: set[_Worker] = set()
         self._changed = threading.Condition()
@@ -62,7 +66,8 @@ class Workers:
         Raises what the stage raised; WorkerDiedError when the process died or ran past the time limit.
         """
         request = pickle.dumps((action, key, components))
-        worker = self._borrow(reuse=action.stage.home is Home.COMPILER)
+        home = action.stage.home
+        worker = self._borrow(home)
         try:
             result, corrupt = worker.call(request, action.timeout)
         except EOFError:
@@ -73,8 +78,8 @@ class Workers:
             raise
         with self._changed:
             self.corrupt += corrupt
-        if action.stage.home is Home.COMPILER:
-            self._give_back(worker)
+        if home in _REUSED:
+            self._give_back(worker, home)
         else:
             self._discard(worker)
         if isinstance(result, BaseException):
@@ -90,7 +95,8 @@ class Workers:
         """Kills every worker. What they had finished is in the store."""
         with self._changed:
             self._stopped = True
-            idle, self._idle = self._idle, []
+            idle = [worker for each in self._idle.values() for worker in each]
+            self._idle = {home: [] for home in _REUSED}
             busy = self._all.difference(idle)
             self._changed.notify_all()
         for worker in busy:
@@ -98,45 +104,49 @@ class Workers:
         for worker in idle:
             self._discard(worker)
 
-    def _borrow(self, reuse: bool) -> _Worker:
+    def _borrow(self, home: Home) -> _Worker:
         with self._changed:
             while not self._stopped:
-                while reuse and self._idle:
-                    worker = self._idle.pop()
+                while home in _REUSED and self._idle[home]:
+                    worker = self._idle[home].pop()
                     if worker.lives():
                         return worker
                     self._forget(worker)
-                left = _PATIENCE - self._waited
-                if not reuse:
-                    may_start, patience = len(self._all) - len(self._crew) < self.limit, None
-                elif len(self._crew) >= self.limit:
-                    may_start, patience = False, None
-                else:
-                    may_start, patience = left <= 0 or not self._crew, left
+                may_start, patience = self._may_start(home)
                 if may_start:
-                    return self._start(reuse)
+                    return self._start(home)
                 since = time.monotonic()
                 self._changed.wait(patience)
-                if reuse:
+                if home in _REUSED:
                     self._waited += time.monotonic() - since
             raise KeyboardInterrupt
 
-    def _start(self, reuse: bool) -> _Worker:
+    def _may_start(self, home: Home) -> tuple[bool, float | None]:
+        """Whether another process may be started now, and how long to wait before asking again (None: for a change)."""
+        if home not in _REUSED:
+            return len(self._all) - sum(map(len, self._crews.values())) < self.limit, None
+        crew = self._crews[home]
+        if len(crew) >= self.limit:
+            return False, None
+        left = _PATIENCE - self._waited
+        return left <= 0 or not crew, left
+
+    def _start(self, home: Home) -> _Worker:
         try:
             worker = _Worker(self._root)
         except OSError as error:
             hint = "free some memory, and see `ulimit -u` and `ulimit -n`"
             raise SetupError(f"a process cannot be started: {error.strerror}", hint=hint) from error
         self._all.add(worker)
-        if reuse:
-            self._crew.add(worker)
+        if home in _REUSED:
+            self._crews[home].add(worker)
             self._waited = 0.0
         return worker
 
-    def _give_back(self, worker: _Worker) -> None:
+    def _give_back(self, worker: _Worker, home: Home) -> None:
         with self._changed:
             if not self._stopped:
-                self._idle.append(worker)
+                self._idle[home].append(worker)
                 self._changed.notify_all()
                 return
         self._discard(worker)
@@ -148,13 +158,14 @@ class Workers:
 
     def _forget(self, worker: _Worker) -> None:
         self._all.discard(worker)
-        self._crew.discard(worker)
+        for crew in self._crews.values():
+            crew.discard(worker)
         self._changed.notify_all()
 
     def _obituary(self, worker: _Worker, action: Action, key: str) -> Exception:
         if self._stopped:
             return StageError("the build was stopped", stage=action.stage.name, subject=action.subject, key=key)
-        return WorkerDiedError(
+        died = WorkerDiedError(
             f"the process {worker.cause_of_death(action.timeout)}",
             stage=action.stage.name,
             subject=action.subject,
@@ -163,6 +174,8 @@ class Workers:
             if worker.timed_out
             else "run the same command again; if it dies again, `doit doctor` looks for causes on this machine",
         )
+        died.timed_out = worker.timed_out
+        return died
 
 
 class _Worker:

@@ -23,13 +23,21 @@ from pipeline.models import Model
 
 if TYPE_CHECKING:
     from pipeline.build import Build
+    from pipeline.store import Store
 
 # When this process began to look at files: one that changes later may have been read before or after.
 BEGUN_NS = time.time_ns()
 
 # SQLite keeps what two runs at once write; doit's other files lose it.
 # Without a name doit's `forget` crashes where no default tasks are declared; so it asks for one.
-DOIT_CONFIG = {"backend": "sqlite3", "dep_file": ".doit.db", "verbosity": 1, "forget_disable_default": True}
+# What `doit` alone runs is a build: whatever an artifact needs, and no tuning.
+DOIT_CONFIG = {
+    "backend": "sqlite3",
+    "dep_file": ".doit.db",
+    "verbosity": 1,
+    "forget_disable_default": True,
+    "default_tasks": ["artifact"],
+}
 
 
 class Part(enum.Enum):
@@ -78,6 +86,7 @@ class Workspace:
         caller = sys._getframe(1).f_globals.get("__file__")
         self.folder = Path(caller).resolve().parent if caller else Path.cwd()
         self._build: Build | None = None
+        self._store: Store | None = None
         # doit takes whatever in dodo.py has this attribute for a maker of tasks: the class must not have it.
         self.create_doit_tasks = self._tasks
 
@@ -131,13 +140,20 @@ class Workspace:
         if self._build is None:
             from pipeline.build import Build
             from pipeline.memoizer import Memoizer
-            from pipeline.store import Store, default_root
             from pipeline.toolchain import detect
             from pipeline.workers import Workers
 
-            store = Store(default_root())
-            self._build = Build(self.folder, Memoizer(store, Workers(store.root, jobs()), detect()))
+            self._build = Build(self.folder, Memoizer(self.store, Workers(self.store.root, jobs()), detect()))
         return self._build
+
+    @property
+    def store(self) -> Store:
+        """The user's store."""
+        if self._store is None:
+            from pipeline.store import Store, default_root
+
+            self._store = Store(default_root())
+        return self._store
 
     @property
     def has_built(self) -> bool:

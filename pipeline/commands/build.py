@@ -69,7 +69,7 @@ or for the models that are named here. Only what changed is compiled; the rest c
 Exit code: 0 built or nothing to do, 1 some model failed (the others are built), 2 the workspace or
 the machine is at fault, 130 interrupted. What was done is kept in every case.
 """
-    cmd_options = (opt_target, opt_jobs, opt_dump)
+    cmd_options: tuple[dict[str, Any], ...] = (opt_target, opt_jobs, opt_dump)
     name = "build"
     dep_manager: Any
 
@@ -86,6 +86,10 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
     def execute(self, params: Any, args: list[str]) -> int:
         models = frozenset(args) or None
         self._selection = Selection(Part.FRONT, models, frozenset(params["targets"]) or None)
+        return self._executed(params)
+
+    def _executed(self, params: Any) -> int:
+        """Runs the command over the selection; what goes wrong becomes a sentence and an exit code."""
         interruptible = _Interruptible()
         try:
             with selecting(self._selection), interruptible:
@@ -93,7 +97,10 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
                 return code
         except BaseException as error:
             if interruptible.happened:
-                print("interrupted; what was finished is kept, and `doit build` goes on from there", file=sys.stderr)
+                print(
+                    f"interrupted; what was finished is kept, and `doit {self.name}` goes on from there",
+                    file=sys.stderr,
+                )
                 return INTERRUPTED
             if isinstance(error, TvmakeError | InvalidDodoFile):
                 print(f"ERROR: {error}", file=sys.stderr)
@@ -104,12 +111,9 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
         workspace = the_workspace(self.loader.namespace)
         if not workspace.pairs(self._selection):
             raise TvmakeError("there is no model to build", hint="write: Workspace(Model.onnx('name', 'model.onnx'))")
-        session = _Session(self, workspace, self._selection, jobs)
+        session = Session(self, workspace, self._selection, jobs)
         try:
-            session.run(self.task_list)
-            with selecting(Selection(Part.BACK, self._selection.models, self._selection.targets)):
-                back = self.loader.load_tasks(cmd=self, pos_args=[])
-            session.run(back)
+            self._build(session)
             if dump:
                 self._dump(workspace, Path(dump))
         finally:
@@ -118,6 +122,13 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
         session.report()
         session.sum_up()
         return session.code
+
+    def _build(self, session: Session) -> None:
+        """The two rounds: operators are known only after extraction."""
+        session.run(self.task_list)
+        with selecting(Selection(Part.BACK, self._selection.models, self._selection.targets)):
+            back = self.loader.load_tasks(cmd=self, pos_args=[])
+        session.run(back)
 
     def save(self) -> None:
         """Writes doit's database, and opens it again: a round that is over is not lost when the next one is killed."""
@@ -136,7 +147,7 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
             )
 
 
-class _Session:
+class Session:
     """One run of the command: rounds of doit tasks, in threads that wait for worker processes."""
 
     def __init__(self, command: Build, workspace: Workspace, selection: Selection, wanted: int) -> None:
@@ -231,7 +242,7 @@ class _Reporter:
 
     desc = "tvmake"
 
-    def __init__(self, session: _Session) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
 
     def add_failure(self, task: Any, fail: Any) -> None:

@@ -21,6 +21,7 @@ from tvm.relax.vm_build import _ffi_api as vm_api
 from tvm.relax.vm_build import _vmcodegen
 
 from pipeline.compiler import ir, lifting, objects, passes, prepack, rewriting, targets
+from pipeline.compiler.copies import is_copy
 from pipeline.compiler.folding import fold_scales
 from pipeline.compiler.layout import channels_last
 from pipeline.compiler.patterns import Pattern, group, of_libraries
@@ -74,6 +75,7 @@ class Function:
     calls: int  # per inference
     prepares: bool  # whether the preparation of weights calls it
     written: tuple[int, ...]  # indices of the parameters that it writes
+    copies: bool  # whether it copies and does nothing else
 
 
 Functions = dict[str, Function]  # by digest, in the order of the first call
@@ -245,7 +247,14 @@ def _needless(mod: tvm.IRModule) -> frozenset[str]:
 def _described(gvar: tvm.ir.GlobalVar, func: tvm.tirx.PrimFunc, canonical: bytes, calls: int) -> Function:
     name = readable_name(gvar.name_hint)
     return Function(
-        name, canonical, ir.structural_hash(func), ir.shapes(func), calls, prepares=False, written=ir.written(func)
+        name,
+        canonical,
+        ir.structural_hash(func),
+        ir.shapes(func),
+        calls,
+        prepares=False,
+        written=ir.written(func),
+        copies=is_copy(func),
     )
 
 

@@ -11,26 +11,19 @@ module beside its records. A line that cannot be read is counted and left out.
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import tvm
 from tvm.s_tir import meta_schedule
 
-from pipeline.compiler import ir
+from pipeline.compiler import intrinsics, ir
 from pipeline.compiler.prepack import LAYOUT_FREE
 from pipeline.errors import StoreError, last_line
 from pipeline.hashing import Digest
 from pipeline.platforms import architecture
-
-# Where the intrinsics are registered that traces for a processor name, among the modules of tvm.s_tir.tensor_intrin.
-_INTRINSICS = {"x86_64": "x86", "aarch64": "arm_cpu", "riscv64": "riscv_cpu"}
 
 
 @dataclass(frozen=True)
@@ -154,31 +147,10 @@ def replay_best(groups: Iterable[Group], target: tvm.target.Target) -> tuple[tvm
 
 def _replayed(group: Group, record: Any, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
     if '"Tensorize"' in json.dumps(record[0]):
-        _register_intrinsics(target)
+        intrinsics.register(target)
     workload = meta_schedule.database.Workload.from_json(group.workload)
     schedule = tvm.s_tir.Schedule(workload.mod)
     trace = meta_schedule.database.TuningRecord.from_json(record, workload).trace
     trace.apply_to_schedule(schedule, remove_postproc=False)
     (made,) = schedule.mod.functions.values()
     return made
-
-
-def _register_intrinsics(target: tvm.target.Target) -> None:
-    """Registers the intrinsics of a target's processor, and of no other.
-
-    To import the package `tvm.s_tir.tensor_intrin` takes half a minute, for those of CUDA. So a module that stands for
-    it lets the one that is needed be imported alone, and is gone afterwards: the package can still be imported.
-    """
-    package = "tvm.s_tir.tensor_intrin"
-    triple = _triple(target) or str(tvm.target.codegen.llvm_get_system_triple())
-    name = _INTRINSICS.get(architecture(triple)) if target.kind.name == "llvm" else None
-    if name is None or package in sys.modules:
-        importlib.import_module(package)
-        return
-    standing_in = ModuleType(package)
-    standing_in.__path__ = [str(Path(tvm.__file__).parent / "s_tir" / "tensor_intrin")]
-    sys.modules[package] = standing_in
-    try:
-        importlib.import_module(f"{package}.{name}")
-    finally:
-        del sys.modules[package]

@@ -5,8 +5,12 @@
     extract   skeleton, target             → plan, bytecode objects, n unique workloads
     bindings  a file of manual/            → the workloads that its functions are for
     records   a database, workloads        → the tuning records of each
+    claim     records of a workload, target → candidates to be tried here before they count
+    export    candidates and their times   → a database of MetaSchedule's
     shim      a library's C++              → the object that calls the library
     apply     workload, strategy, target   → a candidate function, or not applicable
+    search    workload, what was tried     → candidates that nobody has tried
+    learn     candidates and their times   → the cost model that guides the search
     codegen   function, target             → one object, or C, and device code
     cc        C                            → one object
     measure   compiled candidates          → which are right, and how fast
@@ -41,6 +45,7 @@ class Home(enum.Enum):
 
     COMPILER = "compiler"  # a process that has TVM loaded and is used again
     FRESH = "fresh"  # a process of its own: it runs code that was built, or it needs no TVM
+    RUNNER = "runner"  # a process that is used again and runs what was built in children of its own
     INLINE = "inline"  # a thread of the build: it needs no TVM and runs no code that was built
 
 
@@ -108,14 +113,18 @@ _TVM = ("tvm", "tvm-ffi", "libtvm")
 
 RESOLVE = Stage("resolve", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "host"))
 READ = Stage("read", 1, Kind.SOURCE, Home.COMPILER)
-EXTRACT = Stage("extract", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "onnxsim", "torch"))
+EXTRACT = Stage("extract", 3, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "onnxsim", "torch"))
 BINDINGS = Stage("bindings", 1, Kind.BINARY, Home.COMPILER, _TVM)
-RECORDS = Stage("records", 1, Kind.BINARY, Home.COMPILER, _TVM)
+RECORDS = Stage("records", 2, Kind.BINARY, Home.COMPILER, _TVM)
+CLAIM = Stage("claim", 1, Kind.BINARY, Home.COMPILER, _TVM)
+EXPORT = Stage("export", 1, Kind.BINARY, Home.COMPILER, _TVM)
 SHIM = Stage("shim", 1, Kind.BINARY, Home.FRESH, ("cc",))
 APPLY = Stage("apply", 2, Kind.BINARY, Home.COMPILER, _TVM)
+SEARCH = Stage("search", 1, Kind.BINARY, Home.COMPILER, _TVM)
+LEARN = Stage("learn", 1, Kind.BINARY, Home.COMPILER, _TVM)
 CODEGEN = Stage("codegen", 2, Kind.BINARY, Home.COMPILER, _TVM)
 CC = Stage("cc", 1, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
-MEASURE = Stage("measure", 1, Kind.DECISION, Home.FRESH, alone=True)
+MEASURE = Stage("measure", 2, Kind.DECISION, Home.RUNNER, alone=True)
 PACK = Stage("pack", 2, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
 EMBED = Stage("embed", 1, Kind.BINARY, Home.COMPILER, _TVM)
 LINK = Stage("link", 2, Kind.BINARY, Home.INLINE, ("cc",))
@@ -124,6 +133,6 @@ PROFILE = Stage("profile", 2, Kind.DECISION, Home.FRESH, alone=True)
 DUMP = Stage("dump", 2, Kind.BINARY, Home.COMPILER, EXTRACT.tools)
 
 STAGES = (
-    *(RESOLVE, READ, EXTRACT, BINDINGS, RECORDS, SHIM, APPLY, CODEGEN, CC, MEASURE),
+    *(RESOLVE, READ, EXTRACT, BINDINGS, RECORDS, CLAIM, EXPORT, SHIM, APPLY, SEARCH, LEARN, CODEGEN, CC, MEASURE),
     *(PACK, EMBED, LINK, CHECK, PROFILE, DUMP),
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 
-from pipeline.compiler import ir, libraries, prepack, strategies, targets
+from pipeline.compiler import ir, libraries, prepack, search, strategies, targets
 from pipeline.compiler.libraries import Library, Shim
 from pipeline.compiler.records import Group
 from pipeline.compiler.strategies import Strategy
@@ -21,7 +21,7 @@ from pipeline.types import Packed, TensorSpec
 
 
 def run(inputs: Inputs, options: Options) -> Outputs:
-    """Inputs: function; source, shim, records0, … as the strategy needs. Options: strategy, its version, target.
+    """Inputs: function; what else the strategy needs (`strategy_of`). Options: strategy, its version, target.
 
     Outputs, none where it does not apply: whole; function, which is whole less what lays out weights; packed, JSON; and
     p0, p1, …, what lays them out.
@@ -34,13 +34,21 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     scheduled = strategy_of(inputs, options).apply(func, targets.load(attributes))
     if scheduled is None:
         return {}
+    rest, packed, packings = parted(scheduled)
+    named = {f"p{i}": function for i, function in enumerate(packings)}
+    whole = ir.canonical(scheduled)
+    return {"whole": whole, "function": rest, **named, "packed": msgspec.json.encode(packed)}
+
+
+def parted(scheduled: Any) -> tuple[bytes, list[Packed], list[bytes]]:
+    """A scheduled function in its parts: what is compiled, what it takes in another layout, and what lays that out."""
     rest, packings = prepack.split(scheduled)
-    outputs = {"whole": ir.canonical(scheduled), "function": ir.canonical(rest)}
-    packed = []
-    for i, packing in enumerate(packings):
-        outputs[f"p{i}"] = function = ir.canonical(packing.function)
-        packed.append(Packed(packing.param, Digest.of(function), _spec(f"p{packing.param}", packing.function)))
-    return {**outputs, "packed": msgspec.json.encode(packed)}
+    functions = [ir.canonical(packing.function) for packing in packings]
+    packed = [
+        Packed(packing.param, Digest.of(function), _spec(f"p{packing.param}", packing.function))
+        for packing, function in zip(packings, functions, strict=True)
+    ]
+    return ir.canonical(rest), packed, functions
 
 
 def _spec(name: str, packing: object) -> TensorSpec:
@@ -48,6 +56,8 @@ def _spec(name: str, packing: object) -> TensorSpec:
     ty = packing.params[-1].ty  # type: ignore[attr-defined]
     return TensorSpec(name, tuple(int(extent) for extent in ty.shape), str(ty.dtype))
 
+
+_SPACE = "space."
 
 _shims: dict[tuple[str, bytes], Shim] = {}  # a worker asks one library many times
 
@@ -64,7 +74,8 @@ def strategy_of(inputs: Inputs, options: Options) -> Strategy:
 
         default, rules      nothing more
         manual              source, a file of the workspace's manual/; option function
-        tuned               records0, records1, …
+        tuned               winner0, winner1, …, tuning records, the best first; records0, …, MetaSchedule's;
+                            space.<name>, files of the workspace's spaces/
         a library           shim, compiled; source, where the workspace has it; option library
         any other           source, a file of the workspace's strategies/
 
@@ -76,10 +87,19 @@ def strategy_of(inputs: Inputs, options: Options) -> Strategy:
         library = library_of(name, source)
         return Dispatch(library, _loaded(library, inputs["shim"]))
     if name == "tuned":
-        return Tuned(Group.from_bytes(inputs[each]) for each in sorted(inputs) if each.startswith("records"))
+        groups = (Group.from_bytes(inputs[each]) for each in _numbered(inputs, "records"))
+        named = [each.removeprefix(_SPACE) for each in inputs if each.startswith(_SPACE)]
+        spaces = {each: search.of(each, inputs[_SPACE + each]) for each in named}
+        return Tuned(groups, [inputs[each] for each in _numbered(inputs, "winner")], spaces)
     if source is None:
         return strategies.by_name(name)
     if name == "manual":
         bound = replacements(module_of(source, "manual"))
         return Manual(next(each for each in bound if each.name == options["function"]))
     return cast("Strategy", object_of(source, f"strategies/{name}.py", "strategy"))
+
+
+def _numbered(inputs: Inputs, prefix: str) -> list[str]:
+    """The names of the inputs <prefix>0, <prefix>1, …, in that order."""
+    numbers = [int(name.removeprefix(prefix)) for name in inputs if name.startswith(prefix)]
+    return [f"{prefix}{number}" for number in sorted(numbers)]

@@ -43,6 +43,7 @@ def run(inputs: Inputs, options: Options) -> Outputs:
                 function.calls,
                 function.prepares,
                 function.written,
+                function.copies,
             )
         )
     plan = Plan(

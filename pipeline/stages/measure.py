@@ -14,22 +14,23 @@ from pipeline.types import TensorSpec, Terms
 def run(inputs: Inputs, options: Options) -> Outputs:
     """Inputs: the objects and shared libraries that the contenders name.
 
-    Options: contenders, each [name, {file: input}, {shared library: input}, [[parameter, symbol, shape, dtype]]], the
-    first being what the others are compared with; symbol; parameters, [shape, dtype] each; written; seeds, seconds and
-    patience, as in pipeline.types.Terms. Outputs: trials, JSON by name.
+    Options: contenders, each [name, symbol, {file: input}, {shared library: input}, [[parameter, symbol, shape,
+    dtype]]], the first being what the others are compared with; parameters, [shape, dtype] each; written; seeds,
+    seconds and patience, as in pipeline.types.Terms. Outputs: trials, JSON by name.
     """
     named = cast(
-        "list[tuple[str, dict[str, str], dict[str, str], list[tuple[int, str, list[int], str]]]]", options["contenders"]
+        "list[tuple[str, str, dict[str, str], dict[str, str], list[tuple[int, str, list[int], str]]]]",
+        options["contenders"],
     )
     contenders = [
         Contender(
             name,
-            cast(str, options["symbol"]),
+            symbol,
             {file: inputs.file(each) for file, each in objects.items()},
             {file: inputs.file(each) for file, each in shared.items()},
             [(i, symbol, TensorSpec("", tuple(shape), dtype)) for i, symbol, shape, dtype in packed],
         )
-        for name, objects, shared, packed in named
+        for name, symbol, objects, shared, packed in named
     ]
     parameters = cast("list[tuple[list[int], str]]", options["parameters"])
     trials = measure(

@@ -8,11 +8,20 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 _HOST = socket.gethostname().replace(os.sep, "-")
 _LEFTOVER_SECONDS = 24 * 60 * 60
+
+
+@dataclass
+class StoreCounts:
+    """What happened to one Store object since it was made."""
+
+    corrupt: int = 0  # files that did not have the bytes their name or check promised; set aside
+    torn: int = 0  # the same among the members of sets, and what is no member at all
 
 
 def scratch_name() -> str:
@@ -61,3 +70,21 @@ def remove_leftovers(scratch: Path) -> None:
             with contextlib.suppress(OSError):
                 if entry.stat(follow_symlinks=False).st_mtime < latest:
                     os.unlink(entry)
+
+
+def set_aside(path: Path, inode: int, quarantine: Path) -> None:
+    """Moves a file that failed out of the way, unless another process has put another in its place. Never fails."""
+    with contextlib.suppress(OSError):
+        if path.lstat().st_ino == inode:
+            quarantine.mkdir(exist_ok=True)
+            os.replace(path, quarantine / f"{path.name}-{scratch_name()}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the disk know the names in a folder. Where a file system refuses that, it has a way of its own."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -7,13 +7,13 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import StoreError, explain_os_error
 from pipeline.hashing import Digest
 from pipeline.store.actions import ActionEntry
-from pipeline.store.files import remove_leftovers, scratch_name, written_atomically
+from pipeline.store.files import StoreCounts, remove_leftovers, scratch_name, set_aside, written_atomically
+from pipeline.store.sets import Sets
 
 FORMAT = "tvmake store, format 1\n"
 _MARKER = "TVMAKE_STORE"
@@ -30,15 +30,8 @@ def default_root() -> Path:
     return Path(platformdirs.user_cache_dir("tvmake", appauthor=False))
 
 
-@dataclass
-class StoreCounts:
-    """What happened to one Store object since it was made."""
-
-    corrupt: int = 0  # files that did not have the bytes their name or check promised; set aside
-
-
 class Store:
-    """Blobs by digest and action entries by key.
+    """Blobs by digest, action entries by key, and sets (`sets`) that only grow.
 
     Safe for any number of processes at once. A blob or entry is visible whole or not at all, is verified on every
     read, and is set aside and counted when it fails, which the caller sees as a miss.
@@ -49,6 +42,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.counts = StoreCounts()
+        self.sets = Sets(root, self.counts)
         self._scratch = root / "tmp"
         self._verified: set[str] = set()
         self._open()
@@ -222,11 +216,7 @@ class Store:
     def _set_aside(self, path: Path, inode: int) -> None:
         """Moves a file that failed out of the way, unless another process has put a whole one in its place."""
         self.counts.corrupt += 1
-        with contextlib.suppress(OSError):
-            if path.stat().st_ino == inode:
-                quarantine = self.root / "quarantine"
-                quarantine.mkdir(exist_ok=True)
-                os.replace(path, quarantine / f"{path.name}-{scratch_name()}")
+        set_aside(path, inode, self.root / "quarantine")
 
     @contextlib.contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
@@ -236,4 +226,4 @@ class Store:
             raise explain_os_error(error, doing) from error
 
 
-_OWN_FOLDERS = ("cas", "ac", "locks", "quarantine", "tmp")
+_OWN_FOLDERS = ("cas", "ac", "sets", "locks", "quarantine", "tmp")

@@ -6,10 +6,12 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import SBlockRV
 
+from pipeline.compiler.rules.choices import Choices
+
 _WORTH_THREADS = 1 << 14
 
 
-def schedule(func: tirx.PrimFunc, _target: tvm.target.Target) -> s_tir.Schedule | None:
+def schedule(func: tirx.PrimFunc, _target: tvm.target.Target, _choices: Choices) -> s_tir.Schedule | None:
     """for i, j: y[i, j] = …  →  for ij in parallel: y[…] = …"""
     sch = s_tir.Schedule(func, error_render_level="fast")
     for rv in sch.get_child_blocks(sch.get_sblock("root")):

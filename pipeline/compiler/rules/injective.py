@@ -14,15 +14,16 @@ from tvm.s_tir.schedule import LoopRV
 
 from pipeline.compiler.rules import blocks, terms, work
 from pipeline.compiler.rules.blocks import Access, Axis, Block
+from pipeline.compiler.rules.choices import Choices
 from pipeline.compiler.rules.machine import Machine
 
-# Vectors in one innermost step, and the side of the square in which a transposition walks.
-_VECTORS = 4
-_SIDE = 16
+# Vectors in one innermost step, the usual first, and the side of the square in which a transposition walks.
+VECTORS = (4, 1, 2, 8)
+_SIDES = (16, 8, 32, 4)
 _MOST_PARTS = 8
 
 
-def schedule(sch: s_tir.Schedule, block: Block, machine: Machine) -> None:
+def schedule(sch: s_tir.Schedule, block: Block, machine: Machine, choices: Choices) -> None:
     """Schedules one block at the root. Any block without reductions will do."""
     loops = sch.get_loops(block.rv)
     if not loops:
@@ -30,18 +31,35 @@ def schedule(sch: s_tir.Schedule, block: Block, machine: Machine) -> None:
     count = mergeable(block)
     outer = loops[: len(loops) - max(1, count)]
     if count:
-        outer = [*outer, *vectorize(sch, block, loops, count, machine)]
+        most = max(1, blocks.product(axis.extent for axis in block.spatial[-count:]) // machine.lanes(block.dtype))
+        vectors = choices.pick("vectors", list(dict.fromkeys(min(each, most) for each in VECTORS)))
+        outer = [*outer, *vectorize(sch, block, loops, count, machine, vectors)]
     bounds = [] if count else _bounds(block)
     if not count and not bounds:
-        outer = _walk_in_squares(sch, block, loops)
-    if outer and work.is_worth_threads([block]):
+        outer = _walk_in_squares(sch, block, loops, choices.pick("square", _SIDES))
+    if outer and work.pick_parallel([block], choices):
         sch.parallel(sch.fuse(*outer))
     if bounds:
-        sch.loop_partition(loops[-1], [end - start for start, end in itertools.pairwise([0, *bounds])] + [None])
+        part(sch, block)
 
 
-def vectorize(sch: s_tir.Schedule, block: Block, loops: list[LoopRV], count: int, machine: Machine) -> list[LoopRV]:
-    """Merges the last `count` loops and vectorises them. Returns the loop over vectors, where there is one."""
+def part(sch: s_tir.Schedule, block: Block) -> None:
+    """Cuts the last loop where a condition changes along its axis, if it runs along it from its start."""
+    loop = sch.get(sch.get_loops(block.rv)[-1])
+    realize = loop.body
+    if not isinstance(realize, s_tir.SBlockRealize) or not realize.iter_values[-1].same_as(loop.loop_var):
+        return
+    bounds = [bound for bound in _bounds(block) if bound < int(loop.extent)]
+    if bounds:
+        sizes = [end - start for start, end in itertools.pairwise([0, *bounds])]
+        sch.loop_partition(sch.get_loops(block.rv)[-1], [*sizes, None])
+
+
+def vectorize(
+    sch: s_tir.Schedule, block: Block, loops: list[LoopRV], count: int, machine: Machine, most: int
+) -> list[LoopRV]:
+    """Merges the last `count` loops and vectorises them, at most `most` vectors a step. Returns the loop over steps,
+    where there is one."""
     inner = sch.fuse(*loops[-count:]) if count > 1 else loops[-1]
     extent = blocks.product(axis.extent for axis in block.spatial[-count:])
     lanes = machine.lanes(block.dtype)
@@ -49,7 +67,7 @@ def vectorize(sch: s_tir.Schedule, block: Block, loops: list[LoopRV], count: int
         if extent > 1:
             sch.vectorize(inner)
         return []
-    vectors = min(_VECTORS, extent // lanes)
+    vectors = min(most, extent // lanes)
     outer, inner = sch.split(inner, [None, vectors * lanes])
     sch.vectorize(inner)
     return [outer]
@@ -112,14 +130,14 @@ def _bounds(block: Block) -> list[int]:
     return inside if len(inside) <= _MOST_PARTS else []
 
 
-def _walk_in_squares(sch: s_tir.Schedule, block: Block, loops: list[LoopRV]) -> list[LoopRV]:
+def _walk_in_squares(sch: s_tir.Schedule, block: Block, loops: list[LoopRV], side: int) -> list[LoopRV]:
     """Where no axis is contiguous in all that is accessed: both contiguous axes in small squares, so that cache lines
     are used whole. Returns the outer loops."""
     other = next((i for i, axis in enumerate(block.spatial[:-1]) if axis.extent > 1 and _is_inner(block, axis)), None)
     if other is None or block.spatial[-1].extent == 1:
         return loops[:-1]
-    outer, inner = sch.split(loops[other], [None, min(_SIDE, block.spatial[other].extent)])
-    last_outer, last = sch.split(loops[-1], [None, min(_SIDE, block.spatial[-1].extent)])
+    outer, inner = sch.split(loops[other], [None, min(side, block.spatial[other].extent)])
+    last_outer, last = sch.split(loops[-1], [None, min(side, block.spatial[-1].extent)])
     rest = [loop for i, loop in enumerate(loops[:-1]) if i != other]
     sch.reorder(*rest, outer, last_outer, inner, last)
     return [*rest, outer, last_outer]

@@ -39,6 +39,17 @@ def width(block: Block, lanes: int) -> int:
     return lanes * (4 if extent >= 128 * lanes else 2 if extent >= 32 * lanes else 1)
 
 
+def widths(block: Block, lanes: int) -> list[int]:
+    """That width, and what else may be tried: other numbers of vectors, and one that leaves no tail."""
+    first = width(block, lanes)
+    if not first:
+        return [0]
+    extent = blocks.product(axis.extent for axis in block.reduced[-count(block) :])
+    exact = [n for n in range(lanes // 2, 8 * lanes + 1, lanes // 2) if extent % n == 0] if lanes > 1 else []
+    others = [*exact[::-1][:3], *(n * lanes for n in (4, 2, 1, 8) if 2 * n * lanes <= extent)]
+    return list(dict.fromkeys([first, *others]))
+
+
 def cut(func: tirx.PrimFunc, nest: Any, block: Block, lanes: int) -> tirx.PrimFunc:
     """The function with the nest of a block, which starts at the loop `nest`, replaced as shown above."""
     new = _nest(block, lanes)

@@ -12,13 +12,17 @@ results as a vector has lanes, and adds them up at the end:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
-from tvm import s_tir
+from tvm import ir, s_tir, tirx
 from tvm.s_tir.schedule import SBlockRV
 
-from pipeline.compiler.rules import blocks, injective, lanes, work
+from pipeline.compiler.rules import blocks, injective, lanes, terms, work
 from pipeline.compiler.rules.blocks import Block
+from pipeline.compiler.rules.choices import Choices
 from pipeline.compiler.rules.machine import Machine
+
+_MOST_ROUNDS = 64  # that may be unrolled
 
 
 def suits(chain: Sequence[Block]) -> bool:
@@ -27,11 +31,15 @@ def suits(chain: Sequence[Block]) -> bool:
     return bool(reductions) and all(map(_reduces_inside, reductions)) and shared_rows(chain) is not None
 
 
-def schedule(sch: s_tir.Schedule, chain: Sequence[Block], cut: Collection[str], machine: Machine) -> None:
+def schedule(
+    sch: s_tir.Schedule, chain: Sequence[Block], cut: Collection[str], machine: Machine, choices: Choices
+) -> None:
     """Schedules blocks that suit; the last hosts the others. `cut` names those whose last axis is one of lanes."""
     lead = shared_rows(chain)
     assert lead is not None
-    is_parallel = work.is_worth_threads(chain)
+    is_parallel = work.pick_parallel(chain, choices)
+    vectors = choices.pick("vectors", injective.VECTORS)
+    rounds = choices.pick("rounds", (0, _MOST_ROUNDS)) if cut else 0
     partials: list[SBlockRV] = []
     within: list[SBlockRV] = []
     for block in chain:
@@ -47,9 +55,35 @@ def schedule(sch: s_tir.Schedule, chain: Sequence[Block], cut: Collection[str], 
         sch.compute_at(rv, row, preserve_unit_loops=True)
     for block in chain:
         if not block.is_reduction:
-            _vectorize(sch, block, lead, machine)
+            _vectorize(sch, block, lead, machine, vectors)
     for partial in partials:
-        _finish(sch, partial)
+        _finish(sch, partial, rounds)
+
+
+def divides(block: Block) -> bool:
+    """Whether an elementwise block divides by what is the same along a row."""
+    return not block.is_reduction and any(_is_of_row(each, block) for each in terms.nodes(block.store.value, tirx.Div))
+
+
+def multiplied(func: tirx.PrimFunc, block: Block) -> tirx.PrimFunc:
+    """y = e / s[i]  →  y = e * (1 / s[i]), where one division does for a row. The result may differ in its last bit."""
+
+    def inverse(division: Any) -> Any:
+        if not _is_of_row(division, block):
+            return division
+        return division.a * (tirx.const(1, block.dtype) / division.b)
+
+    store = block.store
+    value = terms.rewrite(store.value, tirx.Div, inverse)
+    new = tirx.BufferStore(store.buffer, value, store.indices)
+    return func.with_body(terms.rewrite(func.body, tirx.BufferStore, lambda each: new if each.same_as(store) else each))
+
+
+def _is_of_row(division: Any, block: Block) -> bool:
+    last = block.spatial[-1]
+    is_float = terms.dtype(division).startswith("float") and terms.dtype(division) == block.dtype
+    is_constant = not terms.nodes(division.b, ir.TensorLoad)
+    return is_float and not is_constant and all(not var.same_as(last.var) for var in terms.variables(division.b))
 
 
 def shared_rows(chain: Sequence[Block]) -> int | None:
@@ -77,8 +111,9 @@ def _reduces_inside(block: Block) -> bool:
     return all(blocks.stride(load, block.reduced[-1]) in (0, 1) for load in block.loads)
 
 
-def _finish(sch: s_tir.Schedule, partial: SBlockRV) -> None:
-    """Puts the lanes innermost, as one vector, and clears them before the first round.
+def _finish(sch: s_tir.Schedule, partial: SBlockRV, unrolled: int) -> None:
+    """Puts the lanes innermost, as one vector, and clears them before the first round. As many rounds as are to be
+    unrolled are: each then knows whether it is the last, whose vector may overlap.
 
     An rfactor makes the lane the first axis of the block of partial results."""
     sch.set_scope(partial, 0, "local")
@@ -88,9 +123,11 @@ def _finish(sch: s_tir.Schedule, partial: SBlockRV) -> None:
     sch.reorder(*rounds, loops[0])
     sch.vectorize(loops[0])
     sch.decompose_reduction(partial, rounds[0])
+    if unrolled and int(sch.get(rounds[-1]).extent) <= unrolled:
+        sch.unroll(rounds[-1])
 
 
-def _vectorize(sch: s_tir.Schedule, block: Block, lead: int, machine: Machine) -> None:
+def _vectorize(sch: s_tir.Schedule, block: Block, lead: int, machine: Machine, vectors: int) -> None:
     count = min(injective.mergeable(block), len(block.spatial) - lead)
     if count:
-        injective.vectorize(sch, block, sch.get_loops(block.rv), count, machine)
+        injective.vectorize(sch, block, sch.get_loops(block.rv), count, machine, vectors)

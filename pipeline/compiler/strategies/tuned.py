@@ -1,30 +1,47 @@
 """The strategy of tuning records: replays the fastest that was made for this very workload and target.
 
+    winners   tuning records of this project, validated and retested: pipeline.tuning.records
+    groups    MetaSchedule's, as users bring them: pipeline.compiler.records
+
 Tuning fills sets of records, this applies what is in one: neither waits for the other.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.compiler import search
 from pipeline.errors import StageError
+from pipeline.tuning.records import TrialRecord, decoded
 
 if TYPE_CHECKING:
     import tvm
 
     from pipeline.compiler.records import Group
+    from pipeline.compiler.search import Space
+
+_log = logging.getLogger(__name__)
 
 
 class Tuned:
-    """Applies the best record of these groups: see pipeline.compiler.records."""
+    """Applies the first of these winners that can be made again, or else the best record of these groups.
+
+    winners  bytes of trial records, for the workload and the target that it is applied to; the best first
+    spaces   search spaces that are not this project's, by name
+    """
 
     name = "tuned"
     version = 1
 
-    def __init__(self, groups: Iterable[Group]) -> None:
+    def __init__(
+        self, groups: Iterable[Group], winners: Iterable[bytes] = (), spaces: Mapping[str, Space] | None = None
+    ) -> None:
         self._groups = tuple(groups)
+        self._winners = tuple(winners)
+        self._spaces = dict(spaces or {})
 
     @functools.cached_property
     def _by_digest(self) -> Mapping[str, Sequence[Group]]:
@@ -36,9 +53,16 @@ class Tuned:
     def apply(self, func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc | None:
         """Raises StageError where records for the target are there and none of them can be replayed."""
         from pipeline.compiler import records
-        from pipeline.compiler.prepack import LAYOUT_FREE
 
-        made, refusals = records.replay_best(self._by_digest.get(records.digest_of(func), ()), target)
+        refusals: list[str] = []
+        for winner in self._winners:
+            try:
+                return self._made(winner, func, target)
+            except ValueError as error:
+                _log.warning("a tuning record is passed over: %s", error)
+                refusals.append(str(error))
+        made, more = records.replay_best(self._by_digest.get(records.digest_of(func), ()), target)
+        refusals += more
         if made is None and refusals:
             raise StageError(
                 f"none of {len(refusals)} tuning records can be replayed, the first because: {refusals[0]}",
@@ -46,8 +70,25 @@ class Tuned:
                 subject="tuned",
                 hint="tune the operator again",
             )
-        if made is None:
-            return None
-        # Which weights are free is for this use of the function to say, not for the one that was tuned.
-        free = (func.attrs or {}).get(LAYOUT_FREE)
-        return made.without_attr(LAYOUT_FREE) if free is None else made.with_attr(LAYOUT_FREE, free)
+        return None if made is None else _with_weights_of(func, made)
+
+    def _made(self, winner: bytes, func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
+        """The candidate of a record. Raises ValueError where it is not the one that was tried."""
+        from pipeline.compiler import records
+
+        record = decoded(winner)
+        if not isinstance(record, TrialRecord):
+            raise ValueError("it is no record of a trial")
+        space = self._spaces.get(record.space) or search.by_name(record.space)
+        made = space.make(func, target, record.decisions)
+        if records.digest_of(made) != record.candidate:
+            raise ValueError(f"{record.space} makes another function of it than the one that was tried")
+        return _with_weights_of(func, made)
+
+
+def _with_weights_of(func: tvm.tirx.PrimFunc, made: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
+    """Which weights are free is for this use of the function to say, not for the one that was tuned."""
+    from pipeline.compiler.prepack import LAYOUT_FREE
+
+    free = (func.attrs or {}).get(LAYOUT_FREE)
+    return made.without_attr(LAYOUT_FREE) if free is None else made.with_attr(LAYOUT_FREE, free)

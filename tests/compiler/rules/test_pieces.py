@@ -12,7 +12,8 @@ from tvm import relax, s_tir, tirx
 from tvm.script import tirx as T  # noqa: N812
 
 from pipeline.compiler import ir, rules
-from pipeline.compiler.rules import blocks, fastmath, gpu, inline, lanes, stages, terms, tiles
+from pipeline.compiler.rules import blocks, fastmath, gpu, inline, lanes, registers, stages, terms
+from pipeline.compiler.rules.choices import Choices
 from pipeline.compiler.rules.machine import machine
 from pipeline.compiler.rules.stages import Kind
 from pipeline.compiler.strategies.rules import Rules
@@ -108,7 +109,7 @@ def test_a_group_of_channels_bounds_a_stride() -> None:
     ids=["convolution", "softmax", "inner sum", "outer sum", "relu"],
 )
 def test_stages(func: tirx.PrimFunc, kinds: list[Kind]) -> None:
-    parted = stages.partition(found(func))
+    parted = stages.partition(found(func), Choices())
     assert parted is not None
     assert [stage.kind for stage in parted] == kinds
 
@@ -118,7 +119,7 @@ def test_stages(func: tirx.PrimFunc, kinds: list[Kind]) -> None:
 def test_a_tile_fits_the_registers(mcpu: str, data: tuple[int, ...]) -> None:
     cpu = machine(target(mcpu))
     block = next(b for b in found(conv2d(data, (3, 3, data[3], 64))) if b.is_reduction)
-    tile = tiles.choose(block, cpu)
+    tile = registers.choose(block, cpu)
     assert tile.lanes == cpu.lanes("float32")
     assert 4 < tile.vectors * tile.across * tile.down <= cpu.accumulators("float32")
 
@@ -198,7 +199,7 @@ def test_functions_are_within_a_millionth(name: str, exact) -> None:
 def test_a_rule_that_fails_is_logged_and_the_next_is_asked(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(_func: object, _target: object) -> None:
+    def fails(_func: object, _target: object, _choices: object) -> None:
         raise RuntimeError("no such loop")
 
     monkeypatch.setattr(rules, "RULES", (("first", fails), *rules.RULES[1:]))

@@ -1,0 +1,204 @@
+"""`doit tune`: searches for better functions for the operators of built models. What it finds, the next build uses."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pipeline.commands.build import FAILED, INTERRUPTED, OK, Build, Session, opt_jobs, opt_target
+from pipeline.errors import ConfigError, TvmakeError
+from pipeline.workspace import Part, Selection, Workspace, the_workspace
+from pipeline.workspace import jobs as usual_jobs
+
+if TYPE_CHECKING:
+    from pipeline.tuning.night import Night
+    from pipeline.tuning.operators import Left
+    from pipeline.tuning.scheduler import Operator, Terms
+
+NOTHING_MEASURED, VALIDATION_FAILED = 3, 4
+
+_UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+_CODES = {
+    "done": OK,
+    "stopped": INTERRUPTED,
+    "nothing measured": NOTHING_MEASURED,
+    "validation failed": VALIDATION_FAILED,
+    "broken": FAILED,
+}
+
+
+def _option(name: str, kind: type, default: Any, said: str, short: str = "", long: str = "") -> dict[str, Any]:
+    return {"name": name, "short": short, "long": long or name, "type": kind, "default": default, "help": said}
+
+
+opt_budget = _option("budget", str, "", "time for all operators together, earlier runs included: 90s, 30m, 8h", "b")
+opt_trials = _option("trials", int, 0, "candidates of each operator at most [default: tune.trials of the target]")
+opt_models = _option("models", list, [], "operators of this model only; may be given several times", "m", "model")
+opt_top = _option("top", int, 0, "only so many operators, those that take longest")
+opt_plan = _option("plan", bool, False, "show what would be tuned and how long it would take; tune nothing")
+opt_events = _option("events", str, "", "also write every event as a line of JSON to this file; - for standard output")
+
+
+class Tune(Build):
+    """A night over the operators of a workspace's models, after what of them is not built yet was."""
+
+    doc_purpose = "search for faster functions; what is found, the next build uses"
+    doc_usage = "[OPERATOR...]"
+    doc_description = """\
+Searches for faster functions for the operators of all models and targets, or for those named here
+(as `doit list --all` shows them, with * and ?). Models that are not built are built first.
+
+  doit tune                          until every operator's curve is flat
+  doit tune --budget 8h              for eight hours at most; again: nothing; --budget 10h: two more
+  doit tune --plan                   what would be tuned, what is there, how long it will take
+  doit tune 'conv2d*' --trials 64    some operators, few candidates each
+  doit tune -m squeezenet --top 5    the five operators of one model that take longest
+  doit build                         uses what was found: recompiles only operators whose best changed
+
+Every finished batch is kept: it may be stopped at any time (Ctrl-C ends after the running batch,
+twice at once) and goes on from there. Nothing is measured twice. Every candidate is compared with
+the operator as it is before it may win.
+
+Exit code: 0 done, 1 given up, 2 the workspace or the machine is at fault, 3 nothing could be
+measured, 4 all candidates of some operator were wrong, 130 stopped.
+"""
+    cmd_options: tuple[dict[str, Any], ...] = (
+        *(opt_target, opt_models, opt_budget, opt_trials, opt_top),
+        *(opt_plan, opt_events, opt_jobs),
+    )
+    name = "tune"
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        self._patterns = args
+        models = frozenset(params["models"]) or None
+        self._selection = Selection(Part.FRONT, models, frozenset(params["targets"]) or None)
+        return self._executed(params)
+
+    def _execute(  # type: ignore[override]
+        self, budget: str, trials: int, top: int, plan: bool, events: str, jobs: int
+    ) -> int:
+        from pipeline.tuning import local
+
+        workspace = the_workspace(self.loader.namespace)
+        seconds = _seconds(budget)
+        for name, number in (("trials", trials), ("top", top)):
+            if number < 0:
+                raise ConfigError(f"--{name} is {number}", hint="give a number of 1 or more")
+        try:
+            operators, left = self._operators(workspace, jobs)
+            operators = operators[: top or None]
+            if not operators and not left:
+                raise ConfigError(
+                    f"no operator is named {', '.join(self._patterns)}" if self._patterns else "there is no operator",
+                    hint="see their names with: doit list --all",
+                )
+            terms = local.terms(workspace, operators, seconds, trials)
+            if plan:
+                return _show_plan(workspace, operators, left, terms)
+            with _events(events) as stream:
+                return _run(workspace, operators, left, terms, jobs or usual_jobs(), stream)
+        finally:
+            workspace.stop()
+            self.dep_manager.close()
+
+    def _operators(self, workspace: Workspace, jobs: int) -> tuple[list[Operator], list[Left]]:
+        """The operators to tune. Builds first what of their models is not built."""
+        from pipeline import tasks
+        from pipeline.tuning import local
+
+        pairs = workspace.pairs(self._selection)
+        if not pairs:
+            raise TvmakeError("there is no model to tune", hint="write: Workspace(Model.onnx('name', 'model.onnx'))")
+        built = tasks.built(workspace, pairs)
+        if built is None:
+            session = Session(self, workspace, self._selection, jobs)
+            self._build(session)
+            session.sum_up()
+            workspace.build.memoizer.watcher = None  # from here on the night says what happens
+            built = tasks.built(workspace, pairs)
+            if built is None:
+                raise TvmakeError("not every model could be built", hint="see what fails with: doit build")
+        return local.operators(workspace, built, self._patterns)
+
+
+def _seconds(budget: str) -> float | None:
+    """ "90s", "30m", "8h", "1.5h" → seconds; a bare number is minutes. None where none is given."""
+    if not budget:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)?", budget.strip())
+    if found is None or float(found[1]) <= 0:
+        raise ConfigError(f"--budget is {budget!r}", hint="give a time such as 90s, 30m, 8h or 1.5h")
+    return float(found[1]) * _UNITS[found[2] or "m"]
+
+
+@contextlib.contextmanager
+def _events(path: str) -> Iterator[TextIO | None]:
+    """Where events go as lines of JSON; None where nobody asked for them."""
+    if path == "-":
+        yield sys.stdout
+    elif path:
+        try:
+            stream = open(path, "a")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise ConfigError(f"--events {path} cannot be written: {error.strerror}") from error
+        with stream:
+            yield stream
+    else:
+        yield None
+
+
+def _run(
+    workspace: Workspace,
+    operators: Sequence[Operator],
+    left: Sequence[Left],
+    terms: Terms,
+    jobs: int,
+    events: TextIO | None,
+) -> int:
+    """A night over these operators, and its exit code."""
+    from pipeline.tuning import face, local
+
+    for each in left:
+        print(f"left as they are: {_some(each.labels)}: {each.reason}", file=sys.stderr)
+    scheduler = local.scheduler(workspace, operators, terms)
+    if not scheduler.plan().seconds:
+        print(face.nothing_to_do(scheduler), file=sys.stderr)
+        return OK
+    watcher = face.watcher(sys.stderr, events)
+    with _stopping(local.night(workspace, operators, terms, jobs, watcher)) as night:
+        return _CODES[night.run().end]
+
+
+def _some(labels: Sequence[str]) -> str:
+    return f"{labels[0]} and {len(labels) - 1} more" if len(labels) > 1 else labels[0]
+
+
+@contextlib.contextmanager
+def _stopping(night: Night) -> Iterator[Night]:
+    """Within the block SIGINT and SIGTERM stop a night: at its next safe point, the second time at once."""
+
+    def stop(*_: object) -> None:
+        night.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield night
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show_plan(workspace: Workspace, operators: Sequence[Operator], left: Sequence[Left], terms: Terms) -> int:
+    """What a night would do."""
+    from pipeline.tuning import face, local
+
+    face.show_plan(local.scheduler(workspace, operators, terms).plan(), sys.stdout)
+    for each in left:
+        print(f"left as they are: {_some(each.labels)}: {each.reason}")
+    return OK

@@ -1,0 +1,470 @@
+"""The engine of this machine: candidates are proposed and compiled in processes that may die, and run in children of
+another.
+
+    prepare   search → codegen of each candidate            several operators at once
+    measure   one link of all, compared with the default's results, timed in turn with the baseline
+    retest    the leader and the best winner, on other seeds, timed longer
+    learn     the cost model of the target takes in what was measured
+
+Candidates are many and only few are ever wanted again, so all that is made of them lies in a store of its own, which
+ends with the run. What they are measured against (the default, the baseline, libraries) comes from the user's store:
+it is what a build has made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pipeline import stages
+from pipeline.compiler import search
+from pipeline.dispatch import REFERENCE, Dispatcher, Linked, measuring
+from pipeline.errors import StageError, StoreError, WorkerDiedError, first_line
+from pipeline.hashing import Digest, key_of
+from pipeline.measuring import TOLERANCE
+from pipeline.memoizer import Action, Memoizer
+from pipeline.processor import device
+from pipeline.store import ActionEntry, Store
+from pipeline.tuning.night import Batch
+from pipeline.tuning.records import (
+    TRANSIENT,
+    Certificate,
+    ExhaustedRecord,
+    Outcome,
+    Record,
+    RetestRecord,
+    Standing,
+    TrialRecord,
+    encoded,
+    ratio,
+)
+from pipeline.tuning.scheduler import Operator
+from pipeline.types import Candidate, Cause, Packed, Terms, Trial, symbol_of
+
+if TYPE_CHECKING:
+    from pipeline.build import Build
+
+BASELINE = "baseline"
+TUNED = "tuned"
+_SEEDS, _OTHER_SEEDS = (0, 1), (2, 3, 4)
+_LONGER = 8  # times as long as a trial is timed, a retest is
+_OUTCOMES = {
+    Cause.WRONG: Outcome.WRONG,
+    Cause.FAILED: Outcome.FAILED,
+    Cause.CRASHED: Outcome.CRASHED,
+    Cause.TIMED_OUT: Outcome.TIMED_OUT,
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A candidate on its way: compiled in the end, or `outcome` says why it is not."""
+
+    candidate: str
+    space: str
+    version: int
+    decisions: Any
+    objects: Mapping[str, Digest] = field(default_factory=dict)
+    packed: tuple[Packed, ...] = ()
+    outcome: Outcome | None = None
+    said: str = ""
+
+    @property
+    def symbol(self) -> str:
+        return f"tuned_{self.candidate[:32]}"
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What the candidates of an operator are measured against."""
+
+    reference: Linked
+    baseline: Linked
+    strategy: str  # of the baseline
+
+
+class LocalEngine:
+    """Tunes on this machine, with at most `jobs` processes that compile: an Engine (see pipeline.tuning.night).
+
+    Every method may be called from any thread.
+    """
+
+    def __init__(self, build: Build, jobs: int) -> None:
+        self._build = build
+        self.workers = jobs
+        self._session = secrets.token_hex(8)  # other searches than any other run's
+        self._clock = time.time() - time.monotonic()
+        self._begun = time.time()
+        self._scratch = _Scratch()
+        self._memoizer = self._made_memoizer()
+        self._grounds: dict[str, _Ground] = {}
+        self._grounding = threading.Lock()
+        self._models: dict[str, Digest] = {}  # by target: the cost model, in the scratch store
+        self._learner = ThreadPoolExecutor(1)
+        self._preparing = 0
+
+    def _made_memoizer(self) -> Memoizer:
+        from pipeline.workers import Workers
+
+        store = Store(self._scratch.folder)
+        return Memoizer(store, Workers(store.root, self.workers), self._build.memoizer.toolchain)
+
+    def now(self) -> float:
+        """Unix time, as a clock that only goes forward."""
+        return self._clock + time.monotonic()
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are at, and throws away what was made of candidates."""
+        self._memoizer.workers.stop()
+        self._learner.shutdown(wait=True, cancel_futures=True)
+        self._scratch.close()
+
+    # what Night asks
+
+    def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
+        """Up to `count` candidates that were not tried, compiled. Raises StageError where none can be made at all."""
+        self._preparing += 1
+        try:
+            self._ground(operator)
+            found = self._again(operator, standing, count)
+            exhausted = []
+            for name in self._spaces(operator):
+                version = self._space(operator, name)[0].version
+                if len(found) >= count or (name, version) in standing.exhausted:
+                    continue
+                proposed, reason = self._proposed(operator, standing, name, count - len(found))
+                found += proposed
+                if not proposed:
+                    exhausted.append(ExhaustedRecord(space=name, space_version=version, reason=reason))
+            compiled = list(self._compiled(operator, found))
+            failed = [self._record(each) for each in compiled if each.outcome is not None]
+            return Batch({each.candidate: each for each in compiled if each.outcome is None}, (*failed, *exhausted))
+        finally:
+            self._preparing -= 1
+
+    def measure(self, operator: Operator, batch: Batch) -> list[Record]:
+        """What became of each candidate."""
+        ready = list(batch.candidates.values())
+        trials = self._tried(operator, ready, self._terms(operator))
+        return [self._trial(operator, each, trials) for each in ready]
+
+    def retest(self, operator: Operator, standing: Standing, leader: TrialRecord) -> list[Record]:
+        """The leader, and the winner that it would replace, timed longer and compared on other seeds."""
+        best = standing.best.trial if standing.best is not None else leader
+        named = {each.candidate: each for each in (leader, best)}
+        again = [self._remade(operator, trial) for trial in named.values()]
+        ready = [each for each in self._compiled(operator, again) if each.outcome is None]
+        if not ready:
+            return []
+        terms = self._terms(operator)
+        trials = self._tried(operator, ready, Terms(_OTHER_SEEDS, terms.seconds * _LONGER, terms.patience))
+        return [self._retested(operator, each, trials) for each in ready]
+
+    def _retested(self, operator: Operator, prepared: Prepared, trials: Mapping[str, Trial]) -> Record:
+        trial, baseline = trials[prepared.candidate], trials[BASELINE]
+        if trial.refused or not trial.seconds or not baseline.seconds:
+            return self._trial(operator, prepared, trials)
+        return RetestRecord(
+            candidate=prepared.candidate,
+            seconds=trial.seconds,
+            baseline=baseline.seconds,
+            noise=max(trial.noise, baseline.noise),
+            certificate=self._certificate(operator, _OTHER_SEEDS, trial),
+        )
+
+    def learn(self, operator: Operator, records: Sequence[Record]) -> None:
+        """Has the cost model of the operator's target take in what was measured, while the night goes on."""
+        for space in {each.space for each in records if isinstance(each, TrialRecord)}:
+            if self._learns(operator, space):
+                measured = [each for each in records if isinstance(each, TrialRecord) and each.space == space]
+                self._learner.submit(self._learn, operator, space, measured)
+
+    # what they are measured against
+
+    def _ground(self, operator: Operator) -> _Ground:
+        with self._grounding:
+            if operator.key not in self._grounds:
+                self._grounds[operator.key] = self._laid(operator)
+            return self._grounds[operator.key]
+
+    def _laid(self, operator: Operator) -> _Ground:
+        workload, dispatcher = operator.workload, self._dispatcher(operator)
+        plain = Candidate(REFERENCE, workload.function, workload.function)
+        try:
+            chosen = dispatcher.decide(workload, without=TUNED).candidate
+        except StageError:
+            chosen = plain  # nothing but tuned functions is in the order
+        linked = {}
+        for name, candidate in ((REFERENCE, plain), (BASELINE, chosen)):
+            made = dispatcher.linked(candidate, dispatcher.objects(workload, candidate), workload.symbol)
+            linked[name] = replace(made, name=name)
+        for each in linked.values():
+            self._take([*each.objects.values(), *each.shared.values()])
+        self._take([workload.function])
+        return _Ground(linked[REFERENCE], linked[BASELINE], chosen.strategy)
+
+    def _dispatcher(self, operator: Operator) -> Dispatcher:
+        return self._build.dispatcher(operator.target)
+
+    def _take(self, digests: Iterable[Digest]) -> None:
+        """Has the scratch store hold these blobs of the user's store."""
+        ours, theirs = self._build.memoizer.store, self._memoizer.store
+        for digest in digests:
+            if not theirs.has(digest):
+                path = ours.path(digest)
+                if path is None:
+                    raise StoreError(f"blob {digest} is missing from the store", hint="run: doit build")
+                theirs.put_file(path)
+
+    def _terms(self, operator: Operator) -> Terms:
+        file = self._build.target(operator.target).file
+        return Terms(_SEEDS, file.tune.seconds, file.measure.patience)
+
+    # candidates
+
+    def _spaces(self, operator: Operator) -> Sequence[str]:
+        target = self._build.target(operator.target)
+        return target.file.tune.spaces or search.usual(str(target.attributes["kind"]))
+
+    def _space(self, operator: Operator, name: str) -> tuple[search.Space, Mapping[str, Digest]]:
+        return self._build.composition(operator.target).space(name)
+
+    def _source(self, operator: Operator, name: str) -> Mapping[str, Digest]:
+        """The file of a space, where it is the workspace's."""
+        source = self._space(operator, name)[1]
+        self._take(source.values())
+        return source
+
+    def _learns(self, operator: Operator, name: str) -> bool:
+        return isinstance(self._space(operator, name)[0], search.Guided)
+
+    def _proposed(
+        self, operator: Operator, standing: Standing, space: str, count: int
+    ) -> tuple[list[tuple[Prepared, Mapping[str, Digest]]], str]:
+        """Proposals of a space with their functions by name, or why there are none."""
+        store = self._memoizer.store
+        tried = [[each.decisions, ratio(each)] for each in standing.trials if each.space == space]
+        inputs = {
+            "function": operator.workload.function,
+            "tried": store.put(msgspec.json.encode(tried)),
+            "known": store.put(json.dumps(sorted(standing.tried)).encode()),
+        }
+        if (model := self._model(operator, space)) is not None:
+            inputs["model"] = model
+        version = self._space(operator, space)[0].version
+        inputs |= self._source(operator, space)
+        options: dict[str, object] = {
+            "space": space,
+            "space version": version,
+            "count": count,
+            "seed": _seed(self._session, operator.key, len(standing.tried)),
+            "target": self._build.target(operator.target).attributes,
+            "threads": max(1, self.workers // max(1, self._preparing)),
+        }
+        entry = self._run_stage(stages.SEARCH, operator, inputs, options)
+        listed = json.loads(self._memoizer.blob(entry.outputs["proposed"]))
+        found = []
+        for i, each in enumerate(listed):
+            packed = msgspec.convert(each["packed"], tuple[Packed, ...])
+            decisions = json.loads(self._memoizer.blob(entry.outputs[f"d{i}"]))
+            functions: Mapping[str, Digest] = {"function": entry.outputs[f"f{i}"]}
+            found.append((Prepared(each["candidate"], space, version, decisions, packed=packed), functions))
+        reason = self._memoizer.blob(entry.outputs["reason"]).decode() if "reason" in entry.outputs else ""
+        return found, reason
+
+    def _again(self, operator: Operator, standing: Standing, count: int) -> list[tuple[Prepared, Mapping[str, Digest]]]:
+        """What failed for reasons that may have been the machine's, in an earlier run, and what others claim."""
+        failed = [each for each in standing.trials if each.outcome in TRANSIENT and each.at < self._begun]
+        due = [each for each in (*standing.claims, *failed) if each.candidate not in standing.tried]
+        return [self._remade(operator, trial) for trial in due[:count]]
+
+    def _remade(self, operator: Operator, trial: TrialRecord) -> tuple[Prepared, Mapping[str, Digest]]:
+        """A candidate made again from its record."""
+        prepared = Prepared(trial.candidate, trial.space, trial.space_version, trial.decisions)
+        inputs = {"function": operator.workload.function, "winner0": self._memoizer.store.put(encoded(trial))}
+        inputs |= {f"space.{trial.space}": source for source in self._source(operator, trial.space).values()}
+        options: dict[str, object] = {"strategy": TUNED, "target": self._build.target(operator.target).attributes}
+        try:
+            entry = self._run_stage(stages.APPLY, operator, inputs, options)
+        except (StageError, ValueError) as error:
+            return replace(prepared, outcome=Outcome.NOT_BUILT, said=first_line(error)), {}
+        if "function" not in entry.outputs:
+            return replace(prepared, outcome=Outcome.NOT_BUILT, said="it does not apply"), {}
+        packed = msgspec.json.decode(self._memoizer.blob(entry.outputs["packed"]), type=tuple[Packed, ...])
+        return replace(prepared, packed=packed), {"function": entry.outputs["function"]}
+
+    def _compiled(
+        self, operator: Operator, proposed: Sequence[tuple[Prepared, Mapping[str, Digest]]]
+    ) -> Iterator[Prepared]:
+        """Each with its objects, or why it has none; compiled in parallel."""
+
+        def compiled(each: tuple[Prepared, Mapping[str, Digest]]) -> Prepared:
+            prepared, functions = each
+            if prepared.outcome is not None:
+                return prepared
+            try:
+                objects = {f"{prepared.symbol}.o": self._codegen(operator, functions["function"], prepared.symbol)}
+                for packed in prepared.packed:
+                    symbol = symbol_of(packed.function.hash)
+                    objects[f"{symbol}.o"] = self._codegen(operator, packed.function, symbol)
+            except WorkerDiedError as error:
+                if self._memoizer.workers.stopped:
+                    raise
+                outcome = Outcome.BUILD_TIMEOUT if error.timed_out else Outcome.CRASHED
+                return replace(prepared, outcome=outcome, said=f"build: {first_line(error)}")
+            except StageError as error:
+                if self._memoizer.workers.stopped:
+                    raise
+                return replace(prepared, outcome=Outcome.NOT_BUILT, said=first_line(error))
+            return replace(prepared, objects=objects)
+
+        with ThreadPoolExecutor(self.workers) as threads:
+            yield from threads.map(compiled, proposed)
+
+    def _codegen(self, operator: Operator, function: Digest, symbol: str) -> Digest:
+        options: dict[str, object] = {"symbol": symbol, "target": self._build.target(operator.target).attributes}
+        return self._run_stage(stages.CODEGEN, operator, {"function": function}, options).outputs["object"]
+
+    def _run_stage(
+        self,
+        stage: stages.Stage,
+        operator: Operator,
+        inputs: Mapping[str, Digest],
+        options: Mapping[str, object],
+    ) -> ActionEntry:
+        limit = self._build.target(operator.target).file.tune.timeout
+        return self._memoizer.run(Action(stage, operator.name, inputs, options, limit))
+
+    # measuring
+
+    def _tried(self, operator: Operator, ready: Sequence[Prepared], terms: Terms) -> dict[str, Trial]:
+        """What became of the baseline and of each candidate, by name."""
+        ground, dispatcher = self._ground(operator), self._dispatcher(operator)
+        together: dict[str, Digest] = {name: digest for each in ready for name, digest in each.objects.items()}
+        more, shared = dispatcher.composition.linked_with([])
+        self._take([*more.values(), *shared.values()])
+        candidates = [Linked(each.candidate, each.symbol, {**together, **more}, shared, each.packed) for each in ready]
+        target = self._build.target(operator.target)
+        action = measuring(operator.workload, [ground.reference, ground.baseline, *candidates], terms, target)
+        # Builds and other tuners that share the user's store time nothing meanwhile.
+        with self._build.memoizer.store.locked("measuring"):
+            entry = self._memoizer.run(action)
+        return msgspec.json.decode(self._memoizer.blob(entry.outputs["trials"]), type=dict[str, Trial])
+
+    def _trial(self, operator: Operator, prepared: Prepared, trials: Mapping[str, Trial]) -> TrialRecord:
+        trial, baseline = trials[prepared.candidate], trials[BASELINE]
+        record = self._record(prepared)
+        if trial.refused:
+            outcome = _OUTCOMES[trial.cause or Cause.FAILED]
+            return msgspec.structs.replace(record, outcome=outcome, said=trial.refused)
+        return msgspec.structs.replace(
+            record,
+            seconds=trial.seconds,
+            baseline=baseline.seconds,
+            noise=max(trial.noise, baseline.noise),
+            certificate=self._certificate(operator, _SEEDS, trial),
+        )
+
+    def _record(self, prepared: Prepared) -> TrialRecord:
+        return TrialRecord(
+            candidate=prepared.candidate,
+            space=prepared.space,
+            space_version=prepared.version,
+            decisions=prepared.decisions,
+            outcome=prepared.outcome or Outcome.TIMED,
+            said=prepared.said,
+            tools=self._build.memoizer.toolchain.pick(("tvm", "tvm-ffi", "libtvm")),
+        )
+
+    def _certificate(self, operator: Operator, seeds: tuple[int, ...], trial: Trial) -> Certificate:
+        parameters = operator.workload.parameters
+        tolerance = max(TOLERANCE.get(parameters[i].dtype, 0.0) for i in operator.workload.written)
+        return Certificate(REFERENCE, seeds, tolerance, trial.error or 0.0)
+
+    # the cost model
+
+    def _model_key(self, operator: Operator, space: str) -> str:
+        attributes = self._build.target(operator.target).attributes
+        return key_of({"cost model": space, "target": attributes, "device": device()})
+
+    def _model(self, operator: Operator, space: str) -> Digest | None:
+        """The cost model of a target, begun with what the last run left."""
+        if not self._learns(operator, space):
+            return None
+        key = self._model_key(operator, space)
+        with self._grounding:
+            if key not in self._models:
+                kept = self._build.memoizer.store.lookup(key)
+                if kept is None:
+                    return None
+                self._take([kept.outputs["model"]])
+                self._models[key] = kept.outputs["model"]
+            return self._models[key]
+
+    def _learn(self, operator: Operator, space: str, measured: Sequence[TrialRecord]) -> None:
+        results = [[each.decisions, ratio(each)] for each in measured]
+        inputs = {
+            "function": operator.workload.function,
+            "results": self._memoizer.store.put(msgspec.json.encode(results)),
+            **self._source(operator, space),
+        }
+        if (model := self._model(operator, space)) is not None:
+            inputs["model"] = model
+        options: dict[str, object] = {
+            "space": space,
+            "target": self._build.target(operator.target).attributes,
+        }
+        learnt = self._run_stage(stages.LEARN, operator, inputs, options).outputs["model"]
+        key = self._model_key(operator, space)
+        with self._grounding:
+            self._models[key] = learnt
+        store = self._build.memoizer.store
+        outputs = {"model": store.put(self._memoizer.blob(learnt))}
+        store.commit(key, ActionEntry(stages.LEARN.name, {"cost model": space}, outputs, 0.0))
+
+
+def _seed(*parts: object) -> int:
+    """From 1 to 2³¹-2: what TVM's random numbers may start from."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") % (2**31 - 2) + 1
+
+
+class _Scratch:
+    """A folder for what is made of candidates. What a run that was killed left behind is removed by the next one."""
+
+    _PREFIX = "tvmake-tune-"
+
+    def __init__(self) -> None:
+        from filelock import FileLock
+
+        for old in Path(tempfile.gettempdir()).glob(f"{self._PREFIX}*"):
+            self._remove_if_left(old)
+        self._root = Path(tempfile.mkdtemp(prefix=self._PREFIX))
+        self.folder = self._root / "store"
+        self._lock = FileLock(self._root / "owner", thread_local=False)
+        self._lock.acquire()
+
+    def close(self) -> None:
+        self._lock.release()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def _remove_if_left(self, old: Path) -> None:
+        from filelock import FileLock, Timeout
+
+        with contextlib.suppress(OSError, Timeout):
+            if old.stat().st_uid == os.getuid() and time.time() - old.stat().st_mtime > 60:
+                with FileLock(old / "owner").acquire(blocking=False):
+                    shutil.rmtree(old, ignore_errors=True)

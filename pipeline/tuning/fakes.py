@@ -1,0 +1,297 @@
+"""Parts for tests and simulations of a night: an engine that compiles nothing, a clock that jumps, records in memory.
+
+Everything follows from the seed and the operators' keys: the same night twice is the same, whatever the machine.
+
+    operators = [fakes.operator("conv", seconds=2e-3), fakes.operator("dense", seconds=1e-3)]
+    engine, ledger = fakes.FakeEngine(), fakes.MemoryLedger()
+    ended = Night(operators, engine, ledger, Terms(budget=3600.0), watcher).run()
+
+An hour of a fake night takes some milliseconds for each hundred of its trials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.hashing import Digest
+from pipeline.tuning.night import Batch, Event
+from pipeline.tuning.records import (
+    Certificate,
+    ExhaustedRecord,
+    Outcome,
+    Record,
+    RetestRecord,
+    Standing,
+    TrialRecord,
+    standing,
+)
+from pipeline.tuning.scheduler import Operator
+from pipeline.types import Workload
+
+SPACE = ("fake", 1)
+
+_BEGIN = 1_700_000_000.0  # Unix time at which a fake clock begins
+
+
+def operator(
+    name: str,
+    seconds: float = 1e-3,
+    calls: Mapping[str, int] | None = None,
+    target: str = "native",
+) -> Operator:
+    """An operator of its own for each name and target; one call in the model `net` unless calls say otherwise."""
+    function = Digest.of(name.encode())
+    calls = {"net": 1} if calls is None else calls
+    workload = Workload(name, function, "", ("1x8:float32", "1x8:float32"), sum(calls.values()), False, (1,))
+    key = hashlib.sha256(f"{target} {name}".encode()).hexdigest()
+    return Operator(target, workload, calls, seconds, key, frozenset({SPACE}))
+
+
+class FakeClock:
+    """Seconds that pass only when somebody says so. For several threads."""
+
+    def __init__(self, at: float = _BEGIN) -> None:
+        self._at = at
+        self._lock = threading.Lock()
+
+    def now(self) -> float:
+        return self._at
+
+    def advance(self, seconds: float) -> None:
+        with self._lock:
+            self._at += seconds
+
+    def advance_to(self, at: float) -> None:
+        """Does nothing where it is later already."""
+        with self._lock:
+            self._at = max(self._at, at)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Fake seconds of what an engine does, for each candidate; of a retest and of a batch, as a whole."""
+
+    propose: float = 0.02
+    build: float = 0.1
+    measure: float = 0.2
+    batch: float = 0.5
+    retest: float = 1.5
+    timeout: float = 5.0  # of a candidate that hangs
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Shares of the candidates that go wrong, by how. The shares add up to less than 1."""
+
+    wrong: float = 0.01
+    not_a_number: float = 0.01
+    crashed: float = 0.02
+    timed_out: float = 0.01
+    not_built: float = 0.02
+
+    def draw(self, at: float) -> tuple[Outcome, str]:
+        """The outcome for a number between 0 and 1, and what is said of it."""
+        for share, outcome, said in (
+            (self.wrong, Outcome.WRONG, "gives another result than the default: 0.3 off, relative, seed 0"),
+            (self.not_a_number, Outcome.WRONG, "gives another result than the default: not a number, seed 0"),
+            (self.crashed, Outcome.CRASHED, "crashed with SIGSEGV"),
+            (self.timed_out, Outcome.TIMED_OUT, "had not ended after 5 s"),
+            (self.not_built, Outcome.NOT_BUILT, "LLVM ERROR: too many registers"),
+        ):
+            if at < share:
+                return outcome, said
+            at -= share
+        return Outcome.TIMED, ""
+
+
+NO_FAULTS = Faults(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the search of one operator finds: how many times as fast as the baseline its candidates are.
+
+    limit  of the best that there is
+    pace   trials until most of it is found
+    size   of the space: candidates that there are
+    """
+
+    limit: float
+    pace: float
+    size: int = 100_000
+
+    def ratio(self, index: int, luck: float) -> float:
+        """Of the candidate that is proposed as the index-th; `luck` between 0 and 1 is its own."""
+        reached = 1 - 2 ** (-(index + 1) / self.pace)
+        return max(0.1, 1 + (self.limit - 1) * reached * (0.4 + 0.6 * luck) - 0.5 * (1 - luck))
+
+
+Hook = Callable[[str, Operator], None]
+
+
+@dataclass
+class FakeEngine:
+    """An engine (see pipeline.tuning.night) whose candidates are numbers.
+
+    curves   of operators by key; of the others one drawn from the seed, some of which have nothing to gain
+    hook     called at the beginning of "prepare", "measure", "retest" and "learn", where it may raise, wait or stop
+    made     how often each candidate was measured, by operator's key and digest
+    """
+
+    seed: int = 0
+    workers: int = 0
+    clock: FakeClock = field(default_factory=FakeClock)
+    costs: Costs = Costs()
+    faults: Faults = Faults()
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    hook: Hook = lambda phase, operator: None
+    made: dict[tuple[str, str], int] = field(default_factory=dict)
+    closed: bool = False
+
+    def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
+        self.hook("prepare", operator)
+        begun = self.clock.now()
+        curve = self._curve(operator)
+        indices = (i for i in range(curve.size) if candidate(operator, i) not in standing.tried)
+        wanted = list(itertools.islice(indices, count))
+        if not wanted:
+            return Batch({}, (ExhaustedRecord(space=SPACE[0], space_version=SPACE[1], reason="all were tried"),))
+        ready = begun + count * self.costs.propose + len(wanted) * self.costs.build
+        drawn = {i: self.faults.draw(self._random(operator, "fault", i).random()) for i in wanted}
+        unbuilt = [i for i, (outcome, _) in drawn.items() if outcome is Outcome.NOT_BUILT]
+        records = tuple(self._trial(operator, i, Outcome.NOT_BUILT, drawn[i][1]) for i in unbuilt)
+        built = {candidate(operator, i): (i, *drawn[i], ready) for i in wanted if i not in unbuilt}
+        return Batch(built, records)
+
+    def measure(self, operator: Operator, batch: Batch) -> list[Record]:
+        self.hook("measure", operator)
+        self.clock.advance(self.costs.batch)
+        records: list[Record] = []
+        for digest, (i, outcome, said, ready) in batch.candidates.items():
+            self.clock.advance_to(ready)
+            self.clock.advance(self.costs.timeout if outcome is Outcome.TIMED_OUT else self.costs.measure)
+            self.made[operator.key, digest] = self.made.get((operator.key, digest), 0) + 1
+            records.append(self._trial(operator, i, outcome, said))
+        return records
+
+    def retest(self, operator: Operator, standing: Standing, leader: TrialRecord) -> list[Record]:
+        self.hook("retest", operator)
+        self.clock.advance(self.costs.retest)
+        base = self._baseline(operator)
+        seconds = base / self._ratio(operator, _index(leader.candidate))
+        certificate = Certificate("default", (0, 1, 2), 1e-4, 1e-6)
+        return [
+            RetestRecord(
+                candidate=leader.candidate, seconds=seconds, baseline=base, noise=0.005, certificate=certificate
+            )
+        ]
+
+    def learn(self, operator: Operator, records: Sequence[Record]) -> None:
+        self.hook("learn", operator)
+
+    def now(self) -> float:
+        return self.clock.now()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def limit(self, operator: Operator) -> float:
+        """How many times as fast as the baseline the best candidate that there is may be."""
+        return self._curve(operator).limit
+
+    def _curve(self, operator: Operator) -> Curve:
+        if operator.key in self.curves:
+            return self.curves[operator.key]
+        draw = self._random(operator, "curve", 0)
+        has_gain = draw.random() > 0.15
+        return Curve(1 + draw.lognormvariate(0.3, 0.8) if has_gain else 1.0, draw.uniform(6, 60))
+
+    def _trial(self, operator: Operator, index: int, outcome: Outcome, said: str) -> TrialRecord:
+        was_timed = outcome is Outcome.TIMED
+        base = self._baseline(operator)
+        shake = 1 + 0.005 * (2 * self._random(operator, "shake", index).random() - 1)
+        return TrialRecord(
+            candidate=candidate(operator, index),
+            space=SPACE[0],
+            space_version=SPACE[1],
+            decisions=index,
+            outcome=outcome,
+            said=said,
+            seconds=base / self._ratio(operator, index) * shake if was_timed else None,
+            baseline=base if was_timed else None,
+            noise=0.005,
+        )
+
+    def _ratio(self, operator: Operator, index: int) -> float:
+        return self._curve(operator).ratio(index, self._random(operator, "luck", index).random())
+
+    def _baseline(self, operator: Operator) -> float:
+        """What a profile told, or where it told nothing, something."""
+        return operator.seconds or 1e-3 * self._random(operator, "baseline", 0).lognormvariate(0, 1)
+
+    def _random(self, operator: Operator, what: str, index: int) -> random.Random:
+        return random.Random(f"{self.seed} {what} {index} {operator.key}")
+
+
+def candidate(operator: Operator, index: int) -> str:
+    """What stands for the digest of an operator's candidate."""
+    return f"{operator.key[:16]}-{index}"
+
+
+def _index(candidate: str) -> int:
+    return int(candidate.rpartition("-")[2])
+
+
+class MemoryLedger:
+    """A ledger (see pipeline.tuning.night) in memory. For several threads, which stand for several runs."""
+
+    def __init__(self, noise: float = 0.02) -> None:
+        self.records: dict[str, list[Record]] = {}
+        self.abouts: dict[str, Mapping[str, Any]] = {}
+        self._noise = noise
+        self._known: dict[str, tuple[int, Standing]] = {}
+        self._claimed: set[str] = set()
+        self._lock = threading.Lock()
+
+    def standing(self, key: str) -> Standing:
+        with self._lock:
+            records = self.records.get(key, [])
+            count, known = self._known.get(key, (-1, Standing()))
+            if count != len(records):
+                known = standing(records, self._noise)
+                self._known[key] = len(records), known
+            return known
+
+    def add(self, key: str, about: Mapping[str, Any], records: Sequence[Record]) -> None:
+        with self._lock:
+            self.abouts.setdefault(key, about)
+            self.records.setdefault(key, []).extend(records)
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        with self._lock:
+            is_free = key not in self._claimed
+            self._claimed.add(key)
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                with self._lock:
+                    self._claimed.discard(key)
+
+
+class Told:
+    """A watcher that keeps the events it was told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def told(self, event: Event) -> None:
+        self.events.append(event)

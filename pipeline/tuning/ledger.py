@@ -1,0 +1,111 @@
+"""The records of operators as a night of tuning uses them: what is known of each, and what comes to be known.
+
+Stands between the sets in the store, which know bytes, and what follows from records (pipeline.tuning.records). What
+was read once is remembered, as far as there is room; each question lists the set anew, so that what another process or
+another machine added meanwhile counts. Needs no TVM.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.store import Store
+from pipeline.tuning.records import NewerFormatError, Record, Standing, encoded, filed, set_key, standing
+
+ROOM = 256 << 20  # bytes of records that are remembered
+
+
+@dataclass
+class _Operator:
+    """What is remembered of one set: its records by digest, None for those that cannot be read."""
+
+    records: dict[str, Record | None] = field(default_factory=dict)
+    newer: set[str] = field(default_factory=set)
+    size: int = 0  # bytes of the members
+    torn: int = 0
+    standing: Standing | None = None
+
+
+class Ledger:
+    """The record sets of a store. Every method may be called from any thread.
+
+    noise  the least share that is taken for noise: see `standing`
+    """
+
+    def __init__(self, store: Store, noise: float, room: int = ROOM) -> None:
+        self._store = store
+        self._noise = noise
+        self._room = room
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, _Operator] = OrderedDict()  # the latest asked for last
+        self._size = 0
+
+    @staticmethod
+    def key_of(workload: str, target: Mapping[str, Any], device: str) -> str:
+        """The key of the records of a workload (its digest), for a target (its attributes), timed on a device."""
+        return set_key(workload, target, device)
+
+    def standing(self, key: str) -> Standing:
+        """Where an operator stands, with all that anybody wrote until now."""
+        with self._lock:
+            known = self._read(key)
+            if known.standing is None:
+                records = [record for record in known.records.values() if record is not None]
+                known.standing = standing(records, self._noise)
+            return known.standing
+
+    def add(self, key: str, about: Mapping[str, object], records: Iterable[Record]) -> None:
+        """Writes records down: when it returns they are on the disk. `about` says what the set is, to a person.
+
+        Raises ValueError for a record that could not be read back, with none of them written.
+        """
+        self._store.sets.add(key, [encoded(record) for record in records], about)
+
+    def unread(self, key: str) -> int:
+        """How many members were left out: alien, torn or of a newer format. Those of a newer format stay in place."""
+        with self._lock:
+            known = self._read(key)
+            return known.torn + sum(record is None for record in known.records.values())
+
+    def newer(self, key: str) -> int:
+        """How many of the unread a newer version of this project wrote."""
+        with self._lock:
+            return len(self._read(key).newer)
+
+    def claim(self, key: str) -> AbstractContextManager[bool]:
+        """Takes an operator for the block, unless another process or thread has it: whether it is taken is given."""
+        return self._store.sets.try_locked(key)
+
+    def _read(self, key: str) -> _Operator:
+        known = self._known.setdefault(key, _Operator())
+        self._known.move_to_end(key)
+        before, torn = len(known.records), self._store.counts.torn
+        for name, data in self._store.sets.read(key, but=known.records.keys()):
+            known.records[name] = self._record(known, name, data)
+            known.size += len(data)
+            self._size += len(data)
+        known.torn += self._store.counts.torn - torn
+        if len(known.records) > before:
+            known.standing = None
+            self._forget()
+        return known
+
+    def _record(self, known: _Operator, name: str, data: bytes) -> Record | None:
+        try:
+            return filed(data)
+        except NewerFormatError:
+            known.newer.add(name)
+        except ValueError:
+            pass
+        return None
+
+    def _forget(self) -> None:
+        """Makes room: what was asked for longest ago is read again when it is asked for again."""
+        while self._size > self._room and len(self._known) > 1:
+            _, oldest = self._known.popitem(last=False)
+            self._size -= oldest.size

@@ -1,0 +1,345 @@
+"""Tuning records: what became of every candidate that was ever tried, and what follows from it.
+
+A set of records belongs to one workload, target and device. Its members are immutable and self-contained, so that the
+union of two sets is their merge and nothing that was measured once is measured again by whoever shares them:
+
+    TrialRecord      one candidate: how it is made again, and its time or why it has none
+    RetestRecord     a candidate that led, timed longer, in turn with the one that it would replace
+    ExhaustedRecord  a search space that has nothing more to propose
+
+All that is known of an operator (`Standing`: the best, what was spent, whether its curve is flat) is computed from its
+set, whatever order the members come in. Needs no TVM.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+
+from pipeline.hashing import key_of
+
+FORMAT = 1
+
+# Raise it when what passes the comparison with the default would no longer: certificates of others count no more.
+VALIDATOR = 1
+
+ATTEMPTS = 2  # at a candidate whose failure may be the machine's
+
+
+class Outcome(enum.StrEnum):
+    """What became of a candidate."""
+
+    TIMED = "timed"
+    WRONG = "wrong"  # another result than the default's: in quarantine, never tried again
+    NOT_BUILT = "not built"  # the compiler refuses it
+    FAILED = "failed"  # it says an error when it is called
+    BUILD_TIMEOUT = "build timed out"  # from here on the machine may be to blame: tried once more, later
+    TIMED_OUT = "timed out"
+    CRASHED = "crashed"
+    CLAIMED = "claimed"  # timed elsewhere, by who knows whom: to be tried here before it can win
+
+
+TRANSIENT = frozenset({Outcome.BUILD_TIMEOUT, Outcome.TIMED_OUT, Outcome.CRASHED})
+
+
+# What is read must make sense: whoever shares a set may have written it. (msgspec checks this when it decodes.)
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Certificate(msgspec.Struct, frozen=True):
+    """That a candidate's results are the reference's: on which seeds, within which tolerance, how far at most.
+
+    tolerance and error  max |y - r| / max |r| over all outputs and seeds
+    """
+
+    reference: str
+    seeds: tuple[int, ...]
+    tolerance: Amount
+    error: Amount
+    validator: int = VALIDATOR
+
+    @property
+    def holds(self) -> bool:
+        """Whether it proves anything today."""
+        return self.validator == VALIDATOR and bool(self.seeds) and self.error <= self.tolerance
+
+
+class TrialRecord(msgspec.Struct, frozen=True, tag="trial", kw_only=True):
+    """One candidate that was tried.
+
+    candidate  digest of the scheduled function: what is never measured twice
+    space      the search space that proposed it, its version, and the decisions by which it makes it again
+    seconds    least seconds of a run, None where it was not timed
+    baseline   least seconds of the baseline, timed in turn with it
+    noise      how far the two are to be trusted, relative
+    cost       seconds of the run's time that it took
+    at, run    Unix time, and which run of `doit tune`
+    tools      versions of what made it
+    """
+
+    format: int = FORMAT
+    candidate: str
+    space: str
+    space_version: int
+    decisions: Any
+    outcome: Outcome
+    said: str = ""
+    seconds: Positive | None = None
+    baseline: Positive | None = None
+    noise: Amount = 0.0
+    certificate: Certificate | None = None
+    cost: Amount = 0.0
+    at: float = 0.0
+    run: str = ""
+    tools: dict[str, str] = {}
+
+
+class FiledTrial(TrialRecord, frozen=True, tag="trial", kw_only=True, gc=False):
+    """A trial as a ledger holds it, many thousands at once: its decisions stay the JSON text that was read.
+
+    A trace's text takes a tenth of the memory and of the time that its lists take. msgspec writes it as it is, so that
+    who passes decisions on need not know; `msgspec.json.decode` makes lists of it.
+    """
+
+    decisions: msgspec.Raw
+
+
+class RetestRecord(msgspec.Struct, frozen=True, tag="retest", kw_only=True):
+    """A candidate timed again, longer, in turn with the baseline: what a winner must have."""
+
+    format: int = FORMAT
+    candidate: str
+    seconds: Positive
+    baseline: Positive
+    noise: Amount
+    certificate: Certificate
+    cost: Amount = 0.0
+    at: float = 0.0
+    run: str = ""
+
+
+class ExhaustedRecord(msgspec.Struct, frozen=True, tag="exhausted", kw_only=True):
+    """A space that proposes nothing more for the workload, and why."""
+
+    format: int = FORMAT
+    space: str
+    space_version: int
+    reason: str
+    cost: Amount = 0.0
+    at: float = 0.0
+    run: str = ""
+
+
+Record = TrialRecord | RetestRecord | ExhaustedRecord
+
+_decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
+_filer: msgspec.json.Decoder[Record] = msgspec.json.Decoder(FiledTrial | RetestRecord | ExhaustedRecord)
+
+
+def encoded(record: Record) -> bytes:
+    """A record as the bytes that its digest is of. Raises ValueError for one that could not be read back, such as one
+    whose seconds are no number: JSON would make that null."""
+    for name in ("seconds", "baseline", "noise", "cost", "at"):
+        value = getattr(record, name, None)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name} of a record is {value}")
+    data = msgspec.json.encode(record)
+    decoded(data)
+    return data
+
+
+def decoded(data: bytes) -> Record:
+    """The record that `encoded` wrote. Raises NewerFormatError for one of a newer format, which another version of
+    this project reads, and ValueError for anything else."""
+    return _decoded(data, _decoder)
+
+
+def filed(data: bytes) -> Record:
+    """The same; a trial as a FiledTrial."""
+    return _decoded(data, _filer)
+
+
+def _decoded(data: bytes, decoder: msgspec.json.Decoder[Record]) -> Record:
+    try:
+        record = decoder.decode(data)
+    except (ValueError, RecursionError) as error:
+        _require_known_format(data)
+        raise ValueError(f"no tuning record: {error}") from error
+    if record.format > FORMAT:
+        raise NewerFormatError(record.format)
+    return record
+
+
+class NewerFormatError(ValueError):
+    """A record that a newer version of this project wrote."""
+
+    def __init__(self, found: int) -> None:
+        super().__init__(f"format {found} is newer than {FORMAT}")
+
+
+class _Format(msgspec.Struct):
+    format: int
+
+
+def _require_known_format(data: bytes) -> None:
+    """A newer format may hold what this one does not even decode."""
+    try:
+        found = msgspec.json.decode(data, type=_Format).format
+    except (ValueError, RecursionError):
+        return
+    if found > FORMAT:
+        raise NewerFormatError(found)
+
+
+def set_key(workload: str, target: Mapping[str, Any], device: str) -> str:
+    """The key of the set of records of a workload (its digest), a target (all its attributes) and a device."""
+    return key_of({"records": FORMAT, "workload": workload, "target": dict(target), "device": device})
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A candidate that was validated and retested: what `tuned` may apply."""
+
+    trial: TrialRecord
+    retest: RetestRecord
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as the baseline, the two timed in turn."""
+        return self.retest.baseline / self.retest.seconds
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where an operator stands, computed from its records.
+
+    trials    candidates tried here, in the order of time, each once: its last word
+    winners   validated, retested and faster than the baseline beyond the noise; the best first
+    tried     digests that no search shall propose again
+    spent     seconds, all runs together
+    baseline  least seconds of the baseline ever seen; None before the first trial
+    failures  of the trials, how many ended otherwise than with a time
+    retries   how often a candidate was tried again after a failure that may be the machine's
+    claims    candidates that were timed elsewhere and not tried here yet, the fastest first
+    """
+
+    trials: tuple[TrialRecord, ...] = ()
+    winners: tuple[Winner, ...] = ()
+    tried: frozenset[str] = frozenset()
+    spent: float = 0.0
+    baseline: float | None = None
+    exhausted: frozenset[tuple[str, int]] = frozenset()
+    failures: Mapping[Outcome, int] = field(default_factory=dict)
+    retries: int = 0
+    claims: tuple[TrialRecord, ...] = ()
+
+    @property
+    def best(self) -> Winner | None:
+        return self.winners[0] if self.winners else None
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as the baseline the best is; 1 where nothing beats it."""
+        return self.best.gain if self.best is not None else 1.0
+
+    @property
+    def timed(self) -> int:
+        return sum(trial.outcome is Outcome.TIMED for trial in self.trials)
+
+    def curve(self) -> list[float]:
+        """After each trial, how many times as fast as the baseline the best trial so far was."""
+        best, points = 1.0, []
+        for trial in self.trials:
+            best = max(best, ratio(trial))
+            points.append(best)
+        return points
+
+
+def ratio(trial: TrialRecord) -> float:
+    """How many times as fast as the baseline a candidate is, the two timed in turn; 0 where it was not timed here."""
+    if trial.outcome is not Outcome.TIMED or not trial.seconds or not trial.baseline:
+        return 0.0
+    return trial.baseline / trial.seconds
+
+
+def standing(records: Iterable[Record], noise: float) -> Standing:
+    """What follows from the records of one set, each given once, in any order. `noise` is the least share that is
+    taken for noise."""
+    listed = list(records)
+    said: dict[str, list[TrialRecord]] = {}
+    retests: dict[str, list[RetestRecord]] = {}
+    for record in listed:
+        if isinstance(record, TrialRecord):
+            said.setdefault(record.candidate, []).append(record)
+        elif isinstance(record, RetestRecord) and record.certificate.holds:
+            retests.setdefault(record.candidate, []).append(record)
+    last = [_last_word(each) for each in said.values()]
+    trials = [trial for trial in last if trial.outcome is not Outcome.CLAIMED]
+    claims = [trial for trial in last if trial.outcome is Outcome.CLAIMED]
+    winners = [
+        Winner(trial, retest)
+        for trial in trials
+        if trial.candidate in retests and _wins(trial, retest := _latest(retests[trial.candidate]), noise)
+    ]
+    return Standing(
+        trials=tuple(sorted(trials, key=lambda trial: (trial.at, trial.candidate))),
+        winners=tuple(sorted(winners, key=lambda winner: (-winner.gain, winner.trial.candidate))),
+        tried=frozenset(name for name, each in said.items() if not may_be_tried(each)),
+        spent=math.fsum(record.cost for record in listed),  # the same in any order
+        baseline=min(filter(None, map(_baseline, listed)), default=None),
+        exhausted=frozenset((each.space, each.space_version) for each in listed if isinstance(each, ExhaustedRecord)),
+        failures=Counter(trial.outcome for trial in trials if trial.outcome is not Outcome.TIMED),
+        retries=sum(_retries(each) for each in said.values()),
+        claims=tuple(sorted(claims, key=lambda trial: (trial.seconds or math.inf, trial.candidate))),
+    )
+
+
+def may_be_tried(trials: Iterable[TrialRecord]) -> bool:
+    """Whether a candidate with these records may be tried (again): none is a final word, and few were attempts."""
+    attempts = 0
+    for trial in trials:
+        if trial.outcome is not Outcome.CLAIMED and trial.outcome not in TRANSIENT:
+            return False
+        attempts += trial.outcome in TRANSIENT
+    return attempts < ATTEMPTS
+
+
+def _retries(trials: Iterable[TrialRecord]) -> int:
+    """How often a candidate was tried after it had failed for what may be the machine's fault."""
+    attempts = [trial.outcome in TRANSIENT for trial in trials if trial.outcome is not Outcome.CLAIMED]
+    return max(0, len(attempts) - 1) if any(attempts) else 0
+
+
+def _baseline(record: Record) -> float | None:
+    """The seconds of the baseline that a record holds; a claim's were measured elsewhere."""
+    if isinstance(record, ExhaustedRecord) or (isinstance(record, TrialRecord) and record.outcome is Outcome.CLAIMED):
+        return None
+    return record.baseline
+
+
+# What counts most of what is said of one candidate; the other outcomes weigh 0.
+_WEIGHT = {Outcome.CLAIMED: -1, Outcome.TIMED: 1, Outcome.WRONG: 2}
+
+
+def _last_word(trials: list[TrialRecord]) -> TrialRecord:
+    """Of several records of one candidate: that it is wrong, else its time, else the latest failure, else a claim."""
+    if len(trials) == 1:
+        return trials[0]
+    return max(trials, key=lambda trial: (_WEIGHT.get(trial.outcome, 0), trial.at, msgspec.json.encode(trial)))
+
+
+def _latest(retests: list[RetestRecord]) -> RetestRecord:
+    return max(retests, key=lambda retest: (retest.at, msgspec.json.encode(retest)))
+
+
+def _wins(trial: TrialRecord, retest: RetestRecord, noise: float) -> bool:
+    """Whether a candidate may be applied: timed here, never wrong, and faster beyond the noise when it was retested."""
+    margin = min(max(noise, retest.noise), 0.5)
+    return trial.outcome is Outcome.TIMED and retest.seconds < retest.baseline * (1 - margin)

@@ -1,0 +1,663 @@
+"""The night's loop: what is written when, what ends it, and who gets which operator."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import StageError, StoreError
+from pipeline.store import Store
+from pipeline.tuning.fakes import (
+    NO_FAULTS,
+    Curve,
+    FakeClock,
+    FakeEngine,
+    Faults,
+    MemoryLedger,
+    Told,
+    candidate,
+    operator,
+)
+from pipeline.tuning.ledger import Ledger
+from pipeline.tuning.night import (
+    Batch,
+    Begun,
+    End,
+    Ended,
+    Measured,
+    Night,
+    OperatorEnded,
+    Phase,
+    Retested,
+)
+from pipeline.tuning.records import ExhaustedRecord, Outcome, Record, RetestRecord, Standing, TrialRecord
+from pipeline.tuning.scheduler import Operator, Terms
+
+OPERATORS = tuple(operator(f"op{i}", 1e-3 * 0.7**i) for i in range(6))
+TERMS = Terms(budget=120.0, trials=64)
+ALL_WRONG = Faults(1.0, 0.0, 0.0, 0.0, 0.0)
+ALL_CRASH = Faults(0.0, 0.0, 1.0, 0.0, 0.0)
+
+
+def night(
+    operators: Sequence[Operator] = OPERATORS,
+    engine: FakeEngine | None = None,
+    ledger: MemoryLedger | None = None,
+    terms: Terms = TERMS,
+    run: str = "r",
+) -> tuple[Night, Told]:
+    watcher = Told()
+    return Night(operators, engine or FakeEngine(), ledger or MemoryLedger(), terms, watcher, run), watcher
+
+
+def trials(ledger: MemoryLedger) -> list[TrialRecord]:
+    return [each for records in ledger.records.values() for each in records if isinstance(each, TrialRecord)]
+
+
+def of(told: Told, kind: type) -> list[Any]:
+    return [each for each in told.events if isinstance(each, kind)]
+
+
+class Raising:
+    """A hook that raises at a phase of some operators, as often as it is told."""
+
+    def __init__(self, phase: str, error: Callable[[], Exception], names: Sequence[str] = ("op0",)) -> None:
+        self.phase, self.error, self.names = phase, error, names
+
+    def __call__(self, phase: str, chosen: Operator) -> None:
+        if phase == self.phase and chosen.workload.name in self.names:
+            raise self.error()
+
+
+# What a night comes to.
+
+
+def test_a_night_finds_faster_candidates_and_writes_everything() -> None:
+    ledger, engine = MemoryLedger(), FakeEngine()
+    made, told = night(engine=engine, ledger=ledger)
+    ended = made.run()
+    assert ended.end is End.DONE
+    assert ended.trials == len(trials(ledger)) > 100
+    assert ended.timed == sum(each.outcome is Outcome.TIMED for each in trials(ledger))
+    ((untuned, was, now),) = ended.models.values()
+    assert untuned == pytest.approx(was)
+    assert now < 0.8 * was
+    assert sum(ended.gained.values()) == pytest.approx(was - now)
+    assert all(each.gain <= engine.limit(one) * 1.01 for each, one in zip(ended.operators, OPERATORS, strict=True))
+    assert engine.closed
+    assert isinstance(told.events[0], Begun)
+    assert told.events[-1] is ended
+
+
+def test_a_profile_that_was_wrong_is_no_gain() -> None:
+    class Quicker(FakeEngine):
+        def _baseline(self, operator: Operator) -> float:
+            return operator.seconds / 3
+
+    curves = {one.key: Curve(1.0, 10.0) for one in OPERATORS[1:]}
+    ended = night(engine=Quicker(curves=curves))[0].run()
+    assert set(ended.gained) == {OPERATORS[0].name}
+    ((untuned, was, now),) = ended.models.values()
+    assert untuned == pytest.approx(was)
+    assert was - now == pytest.approx(ended.gained[OPERATORS[0].name])
+
+
+def test_the_same_night_twice_is_the_same() -> None:
+    ledgers = [MemoryLedger(), MemoryLedger()]
+    for ledger in ledgers:
+        night(ledger=ledger)[0].run()
+    assert ledgers[0].records == ledgers[1].records
+    other = MemoryLedger()
+    night(engine=FakeEngine(seed=1), ledger=other)[0].run()
+    assert other.records != ledgers[0].records
+
+
+def test_what_a_night_took_is_what_its_records_cost() -> None:
+    ledger = MemoryLedger()
+    ended = night(ledger=ledger)[0].run()
+    costs = sum(record.cost for records in ledger.records.values() for record in records)
+    assert costs == pytest.approx(ended.elapsed)
+    assert ended.spent == pytest.approx(ended.elapsed)
+    assert TERMS.budget is not None
+    assert TERMS.budget - 1 < ended.elapsed < TERMS.budget + 15, "a batch and its retests more at most"
+
+
+def test_records_say_when_and_by_which_run() -> None:
+    ledger = MemoryLedger()
+    night(ledger=ledger, run="monday")[0].run()
+    written = [record for records in ledger.records.values() for record in records]
+    assert {record.run for record in written} == {"monday"}
+    begin = FakeClock().now()
+    assert all(begin < record.at <= begin + 140 for record in written)
+    for records in ledger.records.values():
+        times = [record.at for record in records]
+        assert times == sorted(times)
+
+
+def test_no_candidate_is_measured_twice_but_after_a_crash() -> None:
+    engine, ledger = FakeEngine(), MemoryLedger()
+    for budget in (60.0, 120.0, 180.0):
+        night(engine=engine, ledger=ledger, terms=Terms(budget=budget))[0].run()
+    outcomes: dict[str, list[Outcome]] = {}
+    for each in trials(ledger):
+        outcomes.setdefault(each.candidate, []).append(each.outcome)
+    again = {name: each for name, each in outcomes.items() if len(each) > 1}
+    assert again, "some crash, and are tried once more"
+    for each in again.values():
+        assert len(each) == 2
+        assert each[0] in (Outcome.CRASHED, Outcome.TIMED_OUT)
+
+
+# Budgets.
+
+
+def test_a_repeated_night_does_nothing_and_a_larger_one_goes_on() -> None:
+    ledger = MemoryLedger()
+    first = night(ledger=ledger, terms=Terms(budget=120.0))[0].run()
+    repeated, told = night(ledger=ledger, terms=Terms(budget=120.0))
+    ended = repeated.run()
+    assert (ended.trials, ended.end) == (0, End.DONE)
+    assert not of(told, Phase)
+    larger = night(ledger=ledger, terms=Terms(budget=240.0))[0].run()
+    assert larger.trials > 50
+    assert larger.elapsed == pytest.approx(240.0 - first.elapsed, abs=15)
+
+
+def test_without_a_budget_it_ends_when_every_operator_has() -> None:
+    ledger = MemoryLedger()
+    made, told = night(ledger=ledger, terms=Terms(trials=64))
+    made.run()
+    ends = {each.operator.operator: each.why for each in of(told, OperatorEnded)}
+    assert set(ends) == {one.name for one in OPERATORS}
+    assert night(ledger=ledger, terms=Terms(trials=64))[0].run().trials == 0
+
+
+def test_a_new_operator_alone_gets_its_share_when_the_budget_is_spent() -> None:
+    ledger = MemoryLedger()
+    terms = Terms(budget=200.0)
+    night(ledger=ledger, terms=terms)[0].run()
+    before = {key: list(records) for key, records in ledger.records.items()}
+    new = operator("new", 2e-4)
+    ended = night([*OPERATORS, new], ledger=ledger, terms=terms)[0].run()
+    assert ended.trials >= 8
+    assert {key for key in ledger.records if ledger.records[key] != before.get(key)} == {new.key}
+    assert 200 / 7 <= ledger.standing(new.key).spent < 200 / 7 + 15
+    assert night([*OPERATORS, new], ledger=ledger, terms=terms)[0].run().trials == 0
+
+
+def test_what_a_changed_operator_had_been_given_is_given_again() -> None:
+    ledger = MemoryLedger()
+    terms = Terms(budget=200.0)
+    night(ledger=ledger, terms=terms)[0].run()
+    had = ledger.standing(OPERATORS[0].key).spent
+    changed = [operator("changed", 1e-3), *OPERATORS[1:]]
+    ended = night(changed, ledger=ledger, terms=terms)[0].run()
+    assert ended.elapsed == pytest.approx(had, abs=15)
+    assert ledger.standing(changed[0].key).spent >= 200 / 6
+    assert night(changed, ledger=ledger, terms=terms)[0].run().trials == 0
+
+
+def test_when_all_have_ended_a_changed_operator_alone_is_tuned() -> None:
+    ledger, terms = MemoryLedger(), Terms(trials=48)
+    night(ledger=ledger, terms=terms)[0].run()
+    before = set(ledger.records)
+    counts = {key: len(records) for key, records in ledger.records.items()}
+    changed = operator("changed", 3e-4)
+    assert night([*OPERATORS[:3], changed, *OPERATORS[4:]], ledger=ledger, terms=terms)[0].run().trials > 0
+    assert set(ledger.records) - before == {changed.key}
+    assert {key: len(ledger.records[key]) for key in before} == counts
+
+
+def test_the_same_operator_in_another_model_is_not_tuned_again() -> None:
+    ledger = MemoryLedger()
+    night(ledger=ledger, terms=Terms(trials=32))[0].run()
+    elsewhere = [operator(f"op{i}", 1e-3 * 0.7**i, {"other": 2}) for i in range(6)]
+    assert night(elsewhere, ledger=ledger, terms=Terms(trials=32))[0].run().trials == 0
+
+
+# Ends.
+
+
+def test_a_space_that_is_exhausted_ends_its_operator_for_good() -> None:
+    ledger, small = MemoryLedger(), Curve(2.0, 5.0, size=10)
+    engine = FakeEngine(curves={OPERATORS[0].key: small}, faults=NO_FAULTS)
+    made, told = night(OPERATORS[:1], engine, ledger)
+    ended = made.run()
+    assert ended.trials == 10
+    (end,) = of(told, OperatorEnded)
+    assert end.why == "every search space is exhausted"
+    assert any(isinstance(each, ExhaustedRecord) for each in ledger.records[OPERATORS[0].key])
+    again = FakeEngine(hook=Raising("prepare", AssertionError))
+    assert night(OPERATORS[:1], again, ledger)[0].run().end is End.DONE
+
+
+def test_an_engine_that_proposes_nothing_new_ends_the_operator() -> None:
+    class Same(FakeEngine):
+        def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
+            return super().prepare(operator, Standing(), count)
+
+    made, told = night(OPERATORS[:1], Same(faults=NO_FAULTS))
+    ended = made.run()
+    assert ended.trials == 16, "the first batches, and never again"
+    assert [each.said for each in of(told, OperatorEnded)] == ["nothing new was proposed"]
+
+
+def test_nothing_measured() -> None:
+    ended = night(engine=FakeEngine(faults=ALL_CRASH))[0].run()
+    assert ended.end is End.NOTHING_MEASURED
+    assert ended.timed == 0
+    failure = ended.failures["crashed"]
+    assert (failure.count, failure.said) == (ended.trials, "crashed with SIGSEGV")
+    assert {each.why for each in ended.operators} == {"nothing could be measured"}
+
+
+def test_validation_failed_names_an_operator_whose_every_candidate_was_wrong() -> None:
+    class OneWrong(FakeEngine):
+        def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
+            self.faults = ALL_WRONG if operator is OPERATORS[2] else NO_FAULTS
+            return super().prepare(operator, standing, count)
+
+    ended = night(engine=OneWrong())[0].run()
+    assert ended.end is End.VALIDATION_FAILED
+    assert ended.failures["wrong"].operator == OPERATORS[2].name
+    figures = ended.operators[2]
+    assert (figures.winners, figures.failed) == (0, {"wrong": figures.trials})
+
+
+def test_faults_end_no_night_and_never_win() -> None:
+    ledger = MemoryLedger()
+    faults = Faults(0.1, 0.1, 0.1, 0.1, 0.1)
+    ended = night(engine=FakeEngine(faults=faults), ledger=ledger, terms=Terms(budget=600.0))[0].run()
+    assert ended.end is End.DONE
+    assert set(ended.failures) == {"wrong", "crashed", "timed out", "not built"}
+    for one in OPERATORS:
+        for winner in ledger.standing(one.key).winners:
+            assert winner.trial.outcome is Outcome.TIMED
+            assert winner.trial.seconds is not None
+
+
+def test_a_leader_that_is_not_confirmed_does_not_win() -> None:
+    class Fluke(FakeEngine):
+        def retest(self, operator: Operator, standing: Standing, leader: TrialRecord) -> list[Record]:
+            (record,) = super().retest(operator, standing, leader)
+            assert isinstance(record, RetestRecord)
+            slower = RetestRecord(
+                candidate=record.candidate,
+                seconds=record.baseline,
+                baseline=record.baseline,
+                noise=0.0,
+                certificate=record.certificate,
+            )
+            return [slower]
+
+    made, told = night(engine=Fluke())
+    ended = made.run()
+    retests = of(told, Retested)
+    assert retests
+    assert not any(each.won for each in retests)
+    assert all(each.winners == 0 and each.gain == 1.0 for each in ended.operators)
+    assert not ended.gained
+
+
+def test_a_retest_is_only_for_what_beats_the_best_beyond_the_noise() -> None:
+    made, told = night(terms=Terms(budget=300.0, noise=0.05))
+    made.run()
+    best: dict[str, float] = {}
+    retests = of(told, Retested)
+    assert len(retests) > 5
+    for each in retests:
+        assert each.claimed > best.get(each.operator.operator, 1.0) * 1.05
+        best[each.operator.operator] = each.operator.gain
+    assert max(Counter(each.candidate for each in retests).values()) == 1
+
+
+def test_what_a_killed_run_did_not_retest_is_retested_by_the_next() -> None:
+    ledger = MemoryLedger()
+    one = OPERATORS[0]
+    engine = FakeEngine(faults=NO_FAULTS, curves={one.key: Curve(3.0, 1.0)})
+    batch = engine.prepare(one, Standing(), 8)
+    ledger.add(one.key, {}, engine.measure(one, batch))
+    assert ledger.standing(one.key).best is None
+    engine.curves = {one.key: Curve(1.0, 1.0)}  # nothing more to be found
+    before = set(batch.candidates)
+
+    class Kept(FakeEngine):
+        def _ratio(self, operator: Operator, index: int) -> float:
+            return 2.0 if candidate(operator, index) in before else 0.9
+
+    made, told = night([one], Kept(faults=NO_FAULTS), ledger)
+    made.run()
+    assert of(told, Retested)[0].candidate in before
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("phase", ["prepare", "measure", "retest", "learn"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_engine_that_fails_for_one_operator_puts_it_aside(phase: str, workers: int) -> None:
+    def error() -> Exception:
+        return StageError("the builder died", stage="search", subject="op0")
+
+    ledger = MemoryLedger()
+    made, told = night(engine=FakeEngine(workers=workers, hook=Raising(phase, error)), ledger=ledger)
+    ended = made.run()
+    assert ended.end is End.DONE
+    figures = {each.operator: each for each in ended.operators}
+    assert figures[OPERATORS[0].name].why == "put aside"
+    assert "the builder died" in ended.failures["StageError"].said
+    assert sum(each.trials > 8 for each in figures.values()) >= 3, "the night went on"
+    (end,) = [each for each in of(told, OperatorEnded) if each.why == "put aside"]
+    assert "the builder died" in end.said
+    was_measured = bool(ledger.records.get(OPERATORS[0].key))
+    assert was_measured == (phase in ("retest", "learn")), "what was measured before is there"
+
+
+def test_three_failures_of_a_kind_in_a_row_end_the_night() -> None:
+    names = [one.workload.name for one in OPERATORS]
+    ended = night(engine=FakeEngine(hook=Raising("measure", lambda: OSError(28, "No space left"), names)))[0].run()
+    assert ended.end is End.NOTHING_MEASURED
+    assert ended.failures["OSError"].count == 3
+    assert "No space left" in ended.said
+
+    late = Raising("measure", lambda: OSError(28, "No space left"), ())
+    engine = FakeEngine(hook=late)
+    made, told = night(engine=engine)
+    told_at = told.told
+
+    def told_and_broken(event: Any) -> None:
+        told_at(event)
+        if len(of(told, Measured)) == 4:
+            late.names = names
+
+    told.told = told_and_broken  # type: ignore[method-assign]
+    ended = made.run()
+    assert ended.end is End.BROKEN
+    assert ended.timed > 0
+
+
+def test_failures_of_other_kinds_or_between_successes_do_not() -> None:
+    kinds = iter([ValueError("a"), KeyError("b"), ValueError("c"), KeyError("d")])
+    hook = Raising("measure", lambda: next(kinds), [f"op{i}" for i in range(4)])
+    assert night(engine=FakeEngine(hook=hook))[0].run().end is End.DONE
+    scattered = Raising("measure", lambda: ValueError("x"), ["op0", "op2", "op4"])
+    assert night(engine=FakeEngine(hook=scattered), terms=Terms(budget=600.0))[0].run().end is End.DONE
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stores_error_ends_the_night_after_what_is_there_was_written(workers: int) -> None:
+    ledger = MemoryLedger()
+    hook = Raising("prepare", lambda: StoreError("the disk is gone"), ["op3"])
+    made, told = night(engine=(engine := FakeEngine(workers=workers, hook=hook)), ledger=ledger)
+    with pytest.raises(StoreError, match="the disk is gone"):
+        made.run()
+    assert engine.closed
+    measured = sum(engine.made.values())
+    assert measured > 0
+    assert sum(each.outcome is not Outcome.NOT_BUILT for each in trials(ledger)) == measured
+    assert isinstance(told.events[-1], Ended)
+    assert (told.events[-1].end, told.events[-1].said) == (End.BROKEN, "the disk is gone")
+    for one in OPERATORS:
+        with ledger.claim(one.key) as is_free:
+            assert is_free
+
+
+def test_records_that_cannot_be_written_end_the_night() -> None:
+    class Full(MemoryLedger):
+        def add(self, key: str, about: Mapping[str, Any], records: Sequence[Record]) -> None:
+            raise StoreError("no space")
+
+    made, _ = night(ledger=Full())
+    with pytest.raises(StoreError):
+        made.run()
+
+
+# Stop and go.
+
+
+class StoppingAt:
+    """A hook that stops a night at the so-manieth time that a phase begins."""
+
+    def __init__(self, phase: str, time: int, stops: int = 1) -> None:
+        self.phase, self.left, self.stops = phase, time, stops
+        self.night: Night | None = None
+        self.begun: list[tuple[str, str]] = []
+
+    def __call__(self, phase: str, chosen: Operator) -> None:
+        self.begun.append((phase, chosen.workload.name))
+        if phase == self.phase:
+            self.left -= 1
+            if self.left == 0:
+                assert self.night is not None
+                for _ in range(self.stops):
+                    self.night.stop()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("phase", ["prepare", "measure", "retest", "learn"])
+def test_stopped_at_a_phase_nothing_that_was_measured_is_lost(phase: str, workers: int) -> None:
+    ledger = MemoryLedger()
+    hook = StoppingAt(phase, 5)
+    engine = FakeEngine(workers=workers, hook=hook)
+    made, _ = night(engine=engine, ledger=ledger)
+    hook.night = made
+    ended = made.run()
+    assert ended.end is End.STOPPED
+    measured = [each for each in trials(ledger) if each.outcome is not Outcome.NOT_BUILT]
+    assert len(measured) == sum(engine.made.values()) > 0
+    stopped = [i for i, (begun, _) in enumerate(hook.begun) if begun == phase][4]
+    after = [begun for begun, _ in hook.begun[stopped + 1 :]]
+    assert after.count("measure") <= (1 if workers and phase == "prepare" else 0), "what had been begun at most"
+    assert "prepare" not in after or workers
+    goes_on = night(engine=FakeEngine(), ledger=ledger)[0].run()
+    assert goes_on.end is End.DONE
+    assert goes_on.trials > 50
+
+
+def test_a_batch_that_is_being_measured_ends_first() -> None:
+    ledger = MemoryLedger()
+    hook = StoppingAt("measure", 1)
+    made, _ = night(engine=FakeEngine(workers=2, hook=hook, faults=NO_FAULTS), ledger=ledger)
+    hook.night = made
+    assert made.run().trials == 8
+    assert len(trials(ledger)) == 8
+
+
+def test_a_second_stop_gives_up_at_once() -> None:
+    ledger, waiting = MemoryLedger(), threading.Event()
+    began = threading.Event()
+
+    def hook(phase: str, chosen: Operator) -> None:
+        if phase == "measure":
+            began.set()
+            waiting.wait(20)
+
+    made, _ = night(engine=FakeEngine(workers=1, hook=hook), ledger=ledger)
+    ended: list[Ended] = []
+    thread = threading.Thread(target=lambda: ended.append(made.run()))
+    thread.start()
+    assert began.wait(10)
+    made.stop()
+    thread.join(0.4)
+    assert thread.is_alive(), "the batch is waited for"
+    made.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert ended[0].end is End.STOPPED
+    assert not [each for each in trials(ledger) if each.outcome is not Outcome.NOT_BUILT]
+    waiting.set()
+
+
+def test_a_preparation_that_hangs_does_not_hold_up_a_stop() -> None:
+    waiting, began = threading.Event(), threading.Event()
+
+    def hook(phase: str, chosen: Operator) -> None:
+        if phase == "prepare":
+            began.set()
+            waiting.wait(20)
+
+    made, _ = night(engine=FakeEngine(workers=2, hook=hook))
+    thread = threading.Thread(target=made.run)
+    thread.start()
+    assert began.wait(10)
+    made.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+    waiting.set()
+
+
+def test_a_night_stopped_before_it_begins_measures_nothing() -> None:
+    made, _ = night()
+    made.stop()
+    ended = made.run()
+    assert (ended.end, ended.trials) == (End.STOPPED, 0)
+
+
+# Several batches at once, several nights at once.
+
+
+class Overlapping(FakeEngine):
+    """Takes some real time, and notes when it prepared and measured."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.spans: list[tuple[str, str, float, float]] = []
+
+    def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
+        begun = time.monotonic()
+        time.sleep(0.02)
+        batch = super().prepare(operator, standing, count)
+        self.spans.append(("prepare", operator.key, begun, time.monotonic()))
+        return batch
+
+    def measure(self, operator: Operator, batch: Batch) -> list[Record]:
+        begun = time.monotonic()
+        time.sleep(0.01)
+        records = super().measure(operator, batch)
+        self.spans.append(("measure", operator.key, begun, time.monotonic()))
+        return records
+
+
+def most_at_once(spans: Sequence[tuple[str, str, float, float]]) -> int:
+    return max(sum(begun <= each[2] < end for *_, begun, end in spans) for each in spans)
+
+
+def test_batches_are_prepared_side_by_side_and_measured_one_at_a_time() -> None:
+    engine, ledger = Overlapping(workers=3), MemoryLedger()
+    night(engine=engine, ledger=ledger, terms=Terms(budget=90.0))[0].run()
+    prepared = [each for each in engine.spans if each[0] == "prepare"]
+    measured = [each for each in engine.spans if each[0] == "measure"]
+    assert 2 <= most_at_once(prepared) <= 3
+    assert most_at_once(measured) == 1
+    assert any(p[2] < m[3] and m[2] < p[3] for p in prepared for m in measured), "both at the same time"
+    assert max(engine.made.values()) <= 2
+
+
+def test_one_operator_alone_is_prepared_ahead_and_nothing_of_it_is_measured_twice() -> None:
+    engine, ledger = Overlapping(workers=2, faults=NO_FAULTS), MemoryLedger()
+    night(OPERATORS[:1], engine, ledger, Terms(trials=100, patience=200))[0].run()
+    prepared = [each for each in engine.spans if each[0] == "prepare"]
+    measured = [each for each in engine.spans if each[0] == "measure"]
+    assert any(p[2] < m[3] and m[2] < p[3] for p in prepared for m in measured)
+    assert len(trials(ledger)) == 100
+    assert set(engine.made.values()) == {1}
+
+
+def test_candidates_that_another_wrote_in_the_meantime_are_not_measured() -> None:
+    ledger = MemoryLedger()
+    other = FakeEngine(faults=NO_FAULTS)
+
+    class Overtaken(FakeEngine):
+        def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
+            batch = super().prepare(operator, standing, count)
+            if not standing.trials:  # someone shares the records and knows of no claims
+                ledger.add(operator.key, {}, other.measure(operator, other.prepare(operator, standing, 5)))
+            return batch
+
+    engine = Overtaken(faults=NO_FAULTS)
+    night(OPERATORS[:2], engine, ledger, Terms(budget=60.0))[0].run()
+    assert sum(other.made.values()) == 10
+    assert not set(engine.made) & set(other.made)
+    assert len({each.candidate for each in trials(ledger)}) == len(trials(ledger))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_nights_share_the_work_and_repeat_nothing(workers: int) -> None:
+    ledger = MemoryLedger()
+    operators = [operator(f"op{i}", 1e-3) for i in range(8)]
+    engines = [FakeEngine(workers=workers, faults=NO_FAULTS, hook=lambda *_: time.sleep(0.002)) for _ in range(2)]
+    nights = [
+        night(operators, each, ledger, Terms(trials=40, patience=100), f"run{i}") for i, each in enumerate(engines)
+    ]
+    ends: list[Ended] = []
+    threads = [threading.Thread(target=lambda made=made: ends.append(made.run())) for made, _ in nights]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [each.end for each in ends] == [End.DONE, End.DONE]
+    assert not set(engines[0].made) & set(engines[1].made)
+    assert all(ledger.standing(one.key).best or len(ledger.standing(one.key).trials) == 40 for one in operators)
+    shares = [sum(each.made.values()) for each in engines]
+    assert sum(shares) == len(trials(ledger))
+    assert min(shares) > 0.2 * sum(shares), shares
+
+
+def test_an_operator_that_another_run_keeps_is_waited_for_and_can_be_stopped() -> None:
+    ledger = MemoryLedger()
+    made, told = night(OPERATORS[:2], ledger=ledger, terms=Terms(trials=16))
+    with ledger.claim(OPERATORS[0].key):
+        thread = threading.Thread(target=made.run)
+        thread.start()
+        time.sleep(0.3)
+        assert thread.is_alive()
+        assert {each.operator.operator for each in of(told, Measured)} == {OPERATORS[1].name}
+        made.stop()
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_records_in_a_store_serve_as_well_as_those_in_memory(tmp_path: Path) -> None:
+    memory = MemoryLedger()
+    night(ledger=memory)[0].run()
+    for runs in (1, 0):
+        stored = Ledger(Store(tmp_path / "store"), 0.02)
+        made = Night(OPERATORS, FakeEngine(), stored, TERMS, Told(), "r")
+        assert bool(made.run().trials) == bool(runs)
+        for one in OPERATORS:
+            assert len(stored.standing(one.key).trials) == len(memory.standing(one.key).trials)
+            assert stored.standing(one.key).gain == pytest.approx(memory.standing(one.key).gain)
+
+
+# What is told.
+
+
+def test_batches_are_told_as_they_were() -> None:
+    ledger = MemoryLedger()
+    made, told = night(ledger=ledger)
+    ended = made.run()
+    batches = of(told, Measured)
+    assert sum(each.timed for each in batches) == ended.timed
+    assert sum(sum(each.failed.values()) for each in batches) == ended.trials - ended.timed
+    assert [each.elapsed for each in batches] == sorted(each.elapsed for each in batches)
+    assert all(each.left == pytest.approx(max(0.0, 120 - each.elapsed)) for each in batches)
+    times = [each.models.now for each in batches]
+    assert times == sorted(times, reverse=True)
+    assert all(each.models.expected <= each.models.now <= each.models.before * 1.001 for each in batches)
+    phases = [(each.phase, each.operator) for each in of(told, Phase)]
+    assert [phase for phase, _ in phases[:3]] == ["preparing", "measuring", ""] or phases[2][0] == "retesting"
+
+
+def test_a_thousand_operators_and_eight_hours_take_seconds() -> None:
+    operators = [operator(f"op{i}", 1e-3 * (1 + i % 97) ** -1.2, {f"m{i % 9}": 1}) for i in range(1000)]
+    begun = time.perf_counter()
+    ended = night(operators, terms=Terms(budget=8 * 3600.0))[0].run()
+    assert time.perf_counter() - begun < 60
+    assert ended.elapsed >= 8 * 3600 - 1
+    assert ended.trials > 20_000
