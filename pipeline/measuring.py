@@ -50,7 +50,7 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-
 _ROUNDS = 5  # at least
 _SLICE = 2e-3  # seconds that one round of one candidate takes, or one call where that is longer
 _HOPELESS = 4.0  # times the fastest: more rounds would not change the choice
-_QUIET, _WINDOW, _WAIT = 0.2, 0.05, 3.0  # share of processors that others use, and seconds: to look, to wait at most
+_QUIET, _WINDOW, _WAIT = 0.2, 0.05, 1.0  # share of processors that others use, and seconds: to look, to wait at most
 _KEPT_BYTES = 256 << 20  # of what references give
 _ENDED = ("crashed", "ended")
 

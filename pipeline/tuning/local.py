@@ -29,9 +29,8 @@ def operators(
     for each in built:
         manifest = read_manifest(workspace.artifact(each.target, each.model))
         file = _file(workspace, each.target)
-        models.append(
-            Model(each.model.name, each.target, manifest.target_spec, file, each.plan, manifest, each.profile)
-        )
+        place = (each.model.name, workspace.folder, each.target)
+        models.append(Model(*place, manifest.target_spec, file, each.plan, manifest, each.profile))
     return chosen(models, patterns)
 
 

@@ -244,7 +244,7 @@ class Scheduler:
         self._owed: list[tuple[float, int, int]] = []
         self._hoped = self._needed = 0.0  # sums over the operators
         for state in self._order:
-            self._read(state, standing(state.operator.key))  # not yet in the sums: they hold nothing of it
+            self._read(state, standing(state.operator.key))
         self._guess = statistics.median([state.before for state in self._order if state.before] or [1.0])
         self._note_what_is_owed()
         for state in self._order:

@@ -418,6 +418,14 @@ def test_records_that_cannot_be_written_end_the_night() -> None:
         made.run()
 
 
+def test_what_could_not_be_built_is_known_even_where_measuring_fails() -> None:
+    ledger = MemoryLedger()
+    hook = Raising("measure", lambda: OSError("no link"))
+    night(engine=FakeEngine(hook=hook, faults=Faults(0, 0, 0, 0, not_built=0.5)), ledger=ledger)[0].run()
+    written = ledger.records[OPERATORS[0].key]
+    assert {each.outcome for each in written if isinstance(each, TrialRecord)} == {Outcome.NOT_BUILT}
+
+
 # Stop and go.
 
 
@@ -467,6 +475,29 @@ def test_a_batch_that_is_being_measured_ends_first() -> None:
     hook.night = made
     assert made.run().trials == 8
     assert len(trials(ledger)) == 8
+
+
+def test_what_was_built_when_it_is_stopped_is_known_as_far_as_it_failed() -> None:
+    ledger, prepared = MemoryLedger(), threading.Semaphore(0)
+
+    class Slow(FakeEngine):
+        def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
+            try:
+                return super().prepare(operator, standing, count)
+            finally:
+                prepared.release()
+
+        def measure(self, operator: Operator, batch: Batch) -> list[Record]:
+            assert all(prepared.acquire(timeout=10) for _ in range(2)), "the next one is built meanwhile"
+            time.sleep(0.05)
+            made.stop()
+            return super().measure(operator, batch)
+
+    made, _ = night(OPERATORS[:2], Slow(workers=1, faults=Faults(0, 0, 0, 0, not_built=0.5)), ledger)
+    assert made.run().end is End.STOPPED
+    dropped = [each for each in ledger.records[OPERATORS[1].key] if isinstance(each, TrialRecord)]
+    assert dropped
+    assert {each.outcome for each in dropped} == {Outcome.NOT_BUILT}
 
 
 def test_a_second_stop_gives_up_at_once() -> None:
@@ -528,11 +559,13 @@ class Overlapping(FakeEngine):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self.spans: list[tuple[str, str, float, float]] = []
+        self.proposed: list[str] = []
 
     def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
         begun = time.monotonic()
         time.sleep(0.02)
         batch = super().prepare(operator, standing, count)
+        self.proposed += batch.candidates
         self.spans.append(("prepare", operator.key, begun, time.monotonic()))
         return batch
 
@@ -550,13 +583,16 @@ def most_at_once(spans: Sequence[tuple[str, str, float, float]]) -> int:
 
 def test_batches_are_prepared_side_by_side_and_measured_one_at_a_time() -> None:
     engine, ledger = Overlapping(workers=3), MemoryLedger()
-    night(engine=engine, ledger=ledger, terms=Terms(budget=90.0))[0].run()
+    made, told = night(engine=engine, ledger=ledger, terms=Terms(budget=90.0))
+    made.run()
     prepared = [each for each in engine.spans if each[0] == "prepare"]
     measured = [each for each in engine.spans if each[0] == "measure"]
     assert 2 <= most_at_once(prepared) <= 3
     assert most_at_once(measured) == 1
     assert any(p[2] < m[3] and m[2] < p[3] for p in prepared for m in measured), "both at the same time"
     assert max(engine.made.values()) <= 2
+    begun = [each.elapsed - each.seconds for each in of(told, Measured)]
+    assert max(begun) < 90.0, "what is ready when the budget is spent is not measured"
 
 
 def test_one_operator_alone_is_prepared_ahead_and_nothing_of_it_is_measured_twice() -> None:
@@ -567,6 +603,7 @@ def test_one_operator_alone_is_prepared_ahead_and_nothing_of_it_is_measured_twic
     assert any(p[2] < m[3] and m[2] < p[3] for p in prepared for m in measured)
     assert len(trials(ledger)) == 100
     assert set(engine.made.values()) == {1}
+    assert max(Counter(engine.proposed).values()) == 1, "nor proposed, while the batch before is measured"
 
 
 def test_candidates_that_another_wrote_in_the_meantime_are_not_measured() -> None:

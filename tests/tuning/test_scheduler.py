@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -134,6 +135,16 @@ def test_an_operator_in_preparation_is_not_picked_again_before_it_is_measured() 
     assert made.states[LARGE.key].flying == turn.count
 
 
+def test_what_is_prepared_ahead_counts_half() -> None:
+    one, other = operator("one", 1e-3), operator("other", 0.35e-3)
+    made = scheduler([one, other], Book().tried(one, [1.0] * 8).tried(other, [1.0] * 8))
+    turn = made.pick(0.0)
+    assert turn is not None
+    assert turn.operator is one
+    made.prepared(turn)
+    assert order_of(made, 1) == ["other"]
+
+
 def test_put_back_gives_the_same_turn_again() -> None:
     made = scheduler([LARGE, SMALL])
     turn = made.pick(0.0)
@@ -174,6 +185,15 @@ def test_exhausted_is_an_operator_all_of_whose_spaces_are() -> None:
     assert why([LARGE], book)["large"] is None
     book.add(LARGE.key, {}, [ExhaustedRecord(space="fake", space_version=1, reason="")])
     assert why([LARGE], book)["large"] is Why.EXHAUSTED
+
+
+def test_an_operator_goes_on_while_one_of_its_spaces_does() -> None:
+    two = replace(LARGE, spaces=frozenset({SPACE, ("other", 1)}))
+    book = Book()
+    book.add(two.key, {}, [ExhaustedRecord(space="fake", space_version=1, reason="")])
+    assert why([two], book)["large"] is None
+    book.add(two.key, {}, [ExhaustedRecord(space="other", space_version=1, reason="")])
+    assert why([two], book)["large"] is Why.EXHAUSTED
 
 
 def test_a_share_too_small_to_matter() -> None:
@@ -268,6 +288,14 @@ def test_operators_that_a_small_budget_never_reached_are_not_owed_anything() -> 
     assert scheduler(OPERATORS, book, budget=120.0).pick(0.0) is not None
 
 
+def test_a_profile_that_told_too_much_lets_nothing_be_owed() -> None:
+    seen, unseen = operator("seen", 5e-3), operator("unseen", 2e-3)
+    book = Book().tried(replace(seen, seconds=1e-3), TUNED[:8], cost=10.0)
+    assert scheduler([seen, unseen], book, budget=60.0).pick(0.0) is None
+    larger = replace(unseen, seconds=6e-3)
+    assert order_of(scheduler([seen, larger], book, budget=60.0), 1) == ["unseen"]
+
+
 def test_what_half_a_budget_has_not_reached_comes_first() -> None:
     big, tiny = operator("big", 1.0), operator("tiny", 1e-3)
     book = Book().tried(big, [1 + i / 10 for i in range(20)], cost=2.0)
@@ -281,6 +309,8 @@ def test_a_turn_that_outlived_the_budget_is_not_wanted() -> None:
     assert turn is not None
     assert made.may_go_on(turn, 50.0)
     assert not made.may_go_on(turn, 100.0)
+    made.update(turn.operator, Book().tried(turn.operator, [2.0] + [1.0] * 64).standing(turn.operator.key))
+    assert not made.may_go_on(turn, 50.0), "its curve is flat by now"
 
 
 # What it says.
@@ -356,6 +386,14 @@ def test_hope_fades_with_what_was_tried_in_vain() -> None:
         slopes.append(curve.slope(Terms()))
     assert slopes == sorted(slopes, reverse=True)
     assert slopes[0] > 3 * slopes[-1] > 0
+
+
+def test_a_gain_long_ago_promises_less_than_one_just_now() -> None:
+    early, late = Curve(), Curve()
+    early.follow(trials_of(*[1.0] * 33, 2.0, *[1.0] * 30))
+    late.follow(trials_of(*[1.0] * 63, 2.0))
+    assert (early.idle(NOISE), late.idle(NOISE)) == (30, 0)
+    assert early.slope(Terms()) < 0.6 * late.slope(Terms())
 
 
 # How long a decision takes, and what is kept.

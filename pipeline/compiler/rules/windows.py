@@ -1,11 +1,12 @@
 """Reductions that read in steps along the last axis: pooling with strides where channels come first.
 
 No vector can be loaded there as it lies. The loop along the last axis is left to LLVM, with the window unrolled in it:
-LLVM loads whole vectors and takes from them what the steps need.
+LLVM loads whole vectors and takes from them what the steps need. Padding is made for each point, and so never written:
+it becomes a mask of the loads.
 
-    for c, h, w: for kh, kw: y[c, h, w] = max(y[c, h, w], p[c, 2*h + kh, 2*w + kw])
-    →  for c in parallel:  p made for one c
-           for h:  y[c, h, :] = lowest;  for w: for kh, kw unrolled: y[c, h, w] = max(y[c, h, w], p[c, …])
+    p = pad(x);  for c, h, w: for kh, kw: y[c, h, w] = max(y[c, h, w], p[c, 2*h + kh, 2*w + kw])
+    →  for c in parallel: for h, w:  p made for one window;  y[c, h, w] = lowest
+                                     for kh, kw in unrolled: y[c, h, w] = max(y[c, h, w], p[…])
 """
 
 from __future__ import annotations
@@ -45,14 +46,18 @@ def schedule(sch: s_tir.Schedule, chain: Sequence[Block], producers: Sequence[Bl
         sch.set_scope(block.rv, 0, "local")
     *_, last = sch.get_loops(block.rv)[: -len(block.reduced)]
     reduced = sch.get_loops(block.rv)[-len(block.reduced) :]
-    is_inside = blocks.product(axis.extent for axis in block.reduced) <= _WINDOW and choices.pick(
-        "unroll", (True, False)
-    )
+    is_small = blocks.product(axis.extent for axis in block.reduced) <= _WINDOW
+    is_inside = is_small and choices.pick("unroll", (True, False))
     sch.reorder(*((last, *reduced) if is_inside else (*reduced, last)))
+    at = choices.pick("inside", (last, row, image) if is_inside else (row, image)) if producers else image
     for producer in reversed(producers):
-        sch.compute_at(producer.rv, image, preserve_unit_loops=True)
+        sch.compute_at(producer.rv, at, preserve_unit_loops=True)
         sch.annotate(producer.rv, tails.EXACT, True)
-        injective.part(sch, producer)
+        if at is last:
+            for loop in sch.get_loops(producer.rv)[-len(producer.spatial) :]:
+                sch.unroll(loop)
+        else:
+            injective.part(sch, producer)
     sch.decompose_reduction(block.rv, reduced[0])
     for loop in reduced if is_inside else ():
         sch.unroll(loop)
