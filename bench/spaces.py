@@ -202,8 +202,10 @@ class Figure:
     took: float
 
     @property
-    def share(self) -> float:
-        return math.log(self.default / self.quick) / math.log(self.default / self.full)
+    def share(self) -> float | None:
+        """None where the full search gains nothing: there is nothing to have a share of."""
+        gain = math.log(self.default / self.full)
+        return math.log(self.default / self.quick) / gain if gain > 0 else None
 
 
 def figure(op: Operator, trials: int, seconds: float) -> Figure:
@@ -245,14 +247,14 @@ def show(figures: Mapping[str, Figure]) -> None:
             f"{1e6 * each.rules:.0f}",
             f"{1e6 * each.quick:.0f} ({each.quick_trials})",
             f"{1e6 * each.full:.0f} ({each.full_trials})",
-            each.share,
+            "—" if each.share is None else each.share,
             each.quick / each.full,
         )
         for name, each in figures.items()
     ]
-    shares = [each.share for each in figures.values()]
+    shares = [each.share for each in figures.values() if each.share is not None]
     ratio = math.exp(sum(math.log(each.quick / each.full) for each in figures.values()) / len(figures))
-    rows.append(("mean; of times geometric", "", "", "", "", sum(shares) / len(shares), ratio))
+    rows.append(("mean; of times geometric", "", "", "", "", sum(shares) / len(shares) if shares else "—", ratio))
     table("µs of the operator; share of the full search's gain", heads, rows)
 
 

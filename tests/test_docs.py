@@ -17,7 +17,7 @@ from conftest import Done, WorkspaceFolder
 
 from pipeline.compiler import libraries
 from pipeline.composition import names
-from pipeline.config import Measure, TargetFile, load_target
+from pipeline.config import Measure, TargetFile, Tune, load_target
 from pipeline.report import Report, Row, table
 from pipeline.types import Operator
 from tests import models
@@ -124,6 +124,24 @@ def test_a_manual_function_is_added_as_the_document_says(dense: WorkspaceFolder)
         implemented(dense, dense.build().good(), "manual")
 
 
+def test_a_search_space_is_added_as_the_document_says(dense: WorkspaceFolder) -> None:
+    written = {named[1]: each.text for each in blocks("tuning.md") if (named := _FILE.match(each.text))}
+    assert sorted(written) == ["spaces/vectors.py", "targets/native.toml"]
+    for name, text in written.items():
+        dense.write(name, text)
+    done = dense.doit("tune").good()
+    assert "2 trials" in done.err
+    assert "2 timed" in done.err
+
+
+def test_the_defaults_of_tuning_are_what_the_document_says(tmp_path: Path) -> None:
+    first = next(each for each in blocks("tuning.md") if each.language == "toml")
+    path = tmp_path / "native.toml"
+    path.write_text(first.text)
+    assert load_target(path).tune == Tune()
+    assert set(tomllib.loads(first.text)["tune"]) == set(Tune.__struct_fields__) - {"spaces"}
+
+
 def test_a_library_is_added_as_the_document_says(dense: WorkspaceFolder) -> None:
     written = dict(files("A library of your own"))
     assert sorted(written) == ["libraries/handmade.py", "targets/native.toml"]
@@ -160,7 +178,7 @@ def test_the_table_is_what_the_document_says() -> None:
 
 def test_documents_name_files_that_are_there() -> None:
     root = DOCS.parent
-    for document in ("strategy.md", "strategies.md"):
+    for document in ("strategy.md", "strategies.md", "tuning.md"):
         text = (DOCS / document).read_text()
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert (DOCS / link).is_file(), link

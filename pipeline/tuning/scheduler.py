@@ -27,7 +27,7 @@ import statistics
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.tuning.records import Outcome, Standing, TrialRecord, ratio
 from pipeline.types import Workload
@@ -230,7 +230,8 @@ class Scheduler:
     def __init__(self, operators: Iterable[Operator], standing: Callable[[str], Standing], terms: Terms) -> None:
         self.terms = terms
         self.states = {
-            operator.key: State(operator, i, sum(operator.calls.values())) for i, operator in enumerate(operators)
+            operator.key: State(operator, i, sum(operator.calls.values()))
+            for i, operator in enumerate(_once(operators))
         }
         self.spent = 0.0
         self.before: Counter[str] = Counter()  # seconds of each model's operators
@@ -523,3 +524,12 @@ class Scheduler:
             if len(heap) > 2 * len(self._order) + 8:
                 heap[:] = [entry for entry in heap if self._order[entry[1]].version == entry[2]]
                 heapq.heapify(heap)
+
+
+def _once(operators: Iterable[Operator]) -> Iterable[Operator]:
+    """Each set of records once: two targets with the same attributes share theirs, and an operator its calls."""
+    found: dict[str, Operator] = {}
+    for operator in operators:
+        known = found.get(operator.key)
+        found[operator.key] = operator if known is None else replace(known, calls={**operator.calls, **known.calls})
+    return found.values()

@@ -90,6 +90,14 @@ def test_an_operator_that_nobody_has_timed_is_taken_for_a_usual_one() -> None:
     assert order_of(scheduler([unknown]), 1) == ["unknown"]
 
 
+def test_operators_that_share_their_records_are_one() -> None:
+    again = replace(MIDDLE, target="same", calls={"net": 1, "other": 9})
+    made = scheduler([SMALL, MIDDLE, again, LARGE])
+    assert made.now == pytest.approx({"net": 6.1e-3, "other": 9e-3})
+    assert order_of(made, 4) == ["middle", "large", "small"]
+    assert [each.operator.target for each in made.plan().forecasts] == ["native"] * 3
+
+
 def test_the_first_batch_is_small() -> None:
     made = scheduler([LARGE, MIDDLE], Book().tried(MIDDLE, [1.0, 1.2]), batch=16, first=8)
     counts = {turn.operator.workload.name: turn.count for turn in (made.pick(0.0), made.pick(0.0)) if turn}
