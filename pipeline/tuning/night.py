@@ -28,7 +28,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from pipeline.errors import StoreError, last_line
-from pipeline.tuning.records import Outcome, Record, RetestRecord, Standing, TrialRecord, ratio
+from pipeline.tuning.records import CompletedRecord, Outcome, Record, RetestRecord, Standing, TrialRecord, ratio
 from pipeline.tuning.scheduler import Operator, Scheduler, State, Terms, Turn, Why
 
 T = TypeVar("T")
@@ -336,8 +336,18 @@ class Night:
             self._tell(self._ended())
             raise
         ended = self._ended()
+        if ended.end is not End.STOPPED and not self._broken:
+            self._complete()
         self._tell(ended)
         return ended
+
+    def _complete(self) -> None:
+        """Notes that the budget was used to its end: the same one again gives these operators nothing."""
+        budget = self._terms.budget
+        for state in self.scheduler.states.values():
+            if budget is not None and state.why is not Why.PUT_ASIDE and state.completed < budget:
+                record = CompletedRecord(budget=budget, at=self._engine.now(), run=self._run)
+                self._ledger.add(state.operator.key, _about(state.operator), [record])
 
     # The loop.
 
@@ -481,7 +491,9 @@ class Night:
         if operator.key not in self._visited:  # an earlier run may have been killed before it came to this
             self._visited.add(operator.key)
             trials = standing.trials
-        timed = [trial for trial in trials if trial.outcome is Outcome.TIMED and not _has_won(standing, trial)]
+        timed = [
+            trial for trial in trials if trial.outcome is Outcome.TIMED and trial.candidate not in standing.retested
+        ]
         for leader in sorted(timed, key=ratio, reverse=True)[:_RETESTS]:
             if ratio(leader) <= standing.gain * (1 + self._terms.noise):
                 break
@@ -509,13 +521,7 @@ class Night:
             msgspec.structs.replace(record, cost=each, at=begun + each * (i + 1), run=self._run)
             for i, record in enumerate(records)
         ]
-        about = {
-            "operator": operator.workload.name,
-            "workload": operator.workload.digest,
-            "shapes": list(operator.workload.shapes),
-            "target": operator.target,
-        }
-        self._ledger.add(operator.key, about, written)
+        self._ledger.add(operator.key, _about(operator), written)
         return written
 
     def _write_what_is_ready(self) -> None:
@@ -700,8 +706,14 @@ class _Claims:
             self._held.pop(key)[0].close()
 
 
-def _has_won(standing: Standing, trial: TrialRecord) -> bool:
-    return any(winner.trial.candidate == trial.candidate for winner in standing.winners)
+def _about(operator: Operator) -> dict[str, Any]:
+    """What a set of records is of, for people."""
+    return {
+        "operator": operator.workload.name,
+        "workload": operator.workload.digest,
+        "shapes": list(operator.workload.shapes),
+        "target": operator.target,
+    }
 
 
 def _is_retest_of(record: Record, leader: TrialRecord) -> bool:

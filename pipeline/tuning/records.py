@@ -6,6 +6,7 @@ union of two sets is their merge and nothing that was measured once is measured 
     TrialRecord      one candidate: how it is made again, and its time or why it has none
     RetestRecord     a candidate that led, timed longer, in turn with the one that it would replace
     ExhaustedRecord  a search space that has nothing more to propose
+    CompletedRecord  a budget that was used to its end, the operator being one of those that it was for
 
 All that is known of an operator (`Standing`: the best, what was spent, whether its curve is flat) is computed from its
 set, whatever order the members come in. Needs no TVM.
@@ -137,10 +138,22 @@ class ExhaustedRecord(msgspec.Struct, frozen=True, tag="exhausted", kw_only=True
     run: str = ""
 
 
-Record = TrialRecord | RetestRecord | ExhaustedRecord
+class CompletedRecord(msgspec.Struct, frozen=True, tag="completed", kw_only=True):
+    """A run with a budget of so many seconds for some operators, this one among them, went to its end."""
+
+    format: int = FORMAT
+    budget: Positive
+    cost: Amount = 0.0
+    at: float = 0.0
+    run: str = ""
+
+
+Record = TrialRecord | RetestRecord | ExhaustedRecord | CompletedRecord
 
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
-_filer: msgspec.json.Decoder[Record] = msgspec.json.Decoder(FiledTrial | RetestRecord | ExhaustedRecord)
+_filer: msgspec.json.Decoder[Record] = msgspec.json.Decoder(
+    FiledTrial | RetestRecord | ExhaustedRecord | CompletedRecord
+)
 
 
 def encoded(record: Record) -> bytes:
@@ -228,6 +241,8 @@ class Standing:
     failures  of the trials, how many ended otherwise than with a time
     retries   how often a candidate was tried again after a failure that may be the machine's
     claims    candidates that were timed elsewhere and not tried here yet, the fastest first
+    retested  candidates that were retested, whatever came of it
+    budget    the largest budget, in seconds, that was used to its end; 0 where none was
     """
 
     trials: tuple[TrialRecord, ...] = ()
@@ -239,6 +254,8 @@ class Standing:
     failures: Mapping[Outcome, int] = field(default_factory=dict)
     retries: int = 0
     claims: tuple[TrialRecord, ...] = ()
+    retested: frozenset[str] = frozenset()
+    budget: float = 0.0
 
     @property
     def best(self) -> Winner | None:
@@ -298,6 +315,8 @@ def standing(records: Iterable[Record], noise: float) -> Standing:
         failures=Counter(trial.outcome for trial in trials if trial.outcome is not Outcome.TIMED),
         retries=sum(_retries(each) for each in said.values()),
         claims=tuple(sorted(claims, key=lambda trial: (trial.seconds or math.inf, trial.candidate))),
+        retested=frozenset(retests),
+        budget=max((each.budget for each in listed if isinstance(each, CompletedRecord)), default=0.0),
     )
 
 
@@ -319,7 +338,9 @@ def _retries(trials: Iterable[TrialRecord]) -> int:
 
 def _baseline(record: Record) -> float | None:
     """The seconds of the baseline that a record holds; a claim's were measured elsewhere."""
-    if isinstance(record, ExhaustedRecord) or (isinstance(record, TrialRecord) and record.outcome is Outcome.CLAIMED):
+    if isinstance(record, ExhaustedRecord | CompletedRecord):
+        return None
+    if isinstance(record, TrialRecord) and record.outcome is Outcome.CLAIMED:
         return None
     return record.baseline
 

@@ -94,6 +94,7 @@ class Why(enum.StrEnum):
     UNMEASURABLE = "nothing could be measured"
     SMALL = "too small a share to matter"
     PUT_ASIDE = "put aside"
+    BUDGET = "the budget is spent"  # in an earlier run, to its end
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ class State:
     flying: int = 0  # candidates of batches that are under way
     preparing: bool = False
     looked: bool = False  # whether there was a trial of it
+    completed: float = 0.0  # seconds of the largest budget that it had a part in and that was used to its end
     owed: bool = False  # has a right to its share, also where the budget is spent
     hoped: float = 0.0  # seconds of all its calls that its trials to come may save
     needed: float = 0.0  # seconds that they take
@@ -405,6 +407,7 @@ class Scheduler:
         state.baseline = standing.baseline or state.operator.seconds
         state.gain = standing.gain
         state.spent = standing.spent
+        state.completed = standing.budget
         state.trials = len(standing.trials)
         state.timed = state.trials - sum(standing.failures.values())
         state.failures, state.winners = standing.failures, len(standing.winners)
@@ -436,6 +439,8 @@ class Scheduler:
             return Why.UNMEASURABLE
         if state.trials >= self._cap:
             return Why.TRIALS
+        if self.terms.budget is not None and standing.budget >= self.terms.budget:
+            return Why.BUDGET
         return Why.FLAT if state.curve.idle(self.terms.noise) >= self.terms.patience else None
 
     @property
@@ -458,23 +463,10 @@ class Scheduler:
         return all(calls * call < MATTERS * self._untuned[model] for model, calls in state.operator.calls.items())
 
     def _note_what_is_owed(self) -> None:
-        """Whatever was spent, an operator at which nobody has looked has a right to its share of the budget: it is new,
-        as a changed layer is.
-
-        Unless it may be that the first pass of an earlier run did not reach it: because that took as much of the budget
-        as it may, or half of that, to be sure, and those that it reached are larger.
-        """
-        if self.terms.budget is None:
-            return
-        seen = [state for state in self._order if state.looked]
-        reached_all = sum(map(self._first_batch, seen)) < _FIRST_PASS * self.terms.budget / 2
-        least = min(map(self._rank, seen), default=math.inf)
+        """Whatever was spent, an operator at which nobody has looked, and that no finished run of this budget passed
+        over, has a right to its share of it: it is new, as a changed layer is."""
         for state in self._order:
-            state.owed = not state.looked and (reached_all or self._rank(state) >= least)
-
-    def _rank(self, state: State) -> float:
-        """Its weight before tuning, whether it was tuned or not."""
-        return state.untuned * state.calls or self._guess
+            state.owed = self.terms.budget is not None and not state.looked and state.why is None
 
     def _forecast(self, state: State) -> Forecast:
         out_of_reach = self._is_spent() and not self._is_owed(state)

@@ -12,6 +12,7 @@ from pipeline.tuning import scheduler as scheduling
 from pipeline.tuning.fakes import SPACE, MemoryLedger, operator
 from pipeline.tuning.records import (
     Certificate,
+    CompletedRecord,
     ExhaustedRecord,
     Outcome,
     Record,
@@ -287,21 +288,35 @@ def test_a_share_is_a_batch_at_least() -> None:
     assert turn.operator is changed
 
 
-def test_operators_that_a_small_budget_never_reached_are_not_owed_anything() -> None:
+def completed(book: Book, budget: float, *operators: Operator) -> Book:
+    for one in operators:
+        book.add(one.key, {}, [CompletedRecord(budget=budget)])
+    return book
+
+
+def test_operators_that_a_finished_budget_never_reached_are_not_owed_anything() -> None:
     book = Book()
     for one in OPERATORS[:6]:
         book.tried(one, TUNED[:8], cost=10 / 8)
+    completed(book, 60.0, *OPERATORS)
     assert scheduler(OPERATORS, book, budget=60.0).pick(0.0) is None
     assert scheduler(OPERATORS, book, budget=60.0).plan().seconds == 0
     assert scheduler(OPERATORS, book, budget=120.0).pick(0.0) is not None
+    assert scheduler(OPERATORS, book).pick(0.0) is not None
 
 
-def test_a_profile_that_told_too_much_lets_nothing_be_owed() -> None:
-    seen, unseen = operator("seen", 5e-3), operator("unseen", 2e-3)
-    book = Book().tried(replace(seen, seconds=1e-3), TUNED[:8], cost=10.0)
-    assert scheduler([seen, unseen], book, budget=60.0).pick(0.0) is None
-    larger = replace(unseen, seconds=6e-3)
-    assert order_of(scheduler([seen, larger], book, budget=60.0), 1) == ["unseen"]
+@pytest.mark.parametrize("index", [0, 9], ids=["the largest", "the smallest"])
+def test_after_a_finished_budget_only_the_changed_operator_is_tuned(index: int) -> None:
+    changed, kept = OPERATORS[index], [*OPERATORS[:index], *OPERATORS[index + 1 :]]
+    book = completed(a_tuned_book(50, but=[changed]), 600.0, *kept)  # the one that it replaces had 150 s
+    made = scheduler(OPERATORS, book, budget=600.0)
+    for _ in range(5):
+        turn = made.pick(0.0)
+        assert turn is not None
+        assert turn.operator is changed
+        made.prepared(turn)
+        made.finish(turn, book.tried(changed, TUNED[:8], cost=1.0).standing(changed.key))
+    assert {each.why for each in made.plan().forecasts if each.operator is not changed} == {"the budget is spent"}
 
 
 def test_what_half_a_budget_has_not_reached_comes_first() -> None:
