@@ -91,7 +91,7 @@ def create(workspace: Workspace, selection: Selection) -> Iterator[dict[str, Any
     if with_back:
         yield from _back(workspace, pairs, known, with_deps=selection.part is Part.ALL)
     if selection.part is Part.ALL:
-        yield from _tuning(workspace, pairs, known)
+        yield from _tuning(workspace, pairs)
 
 
 def _front(workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known) -> Iterator[dict[str, Any]]:
@@ -114,7 +114,7 @@ def _front(workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known) 
 def _back(
     workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known, with_deps: bool
 ) -> Iterator[dict[str, Any]]:
-    plans = {(target, model.name): known.plan(target, model) for target, model in pairs}
+    plans = {(target, model.name): remembered_plan(target, model) for target, model in pairs}
     # In a build, what the store has needs no task: to look it up is all that there would be to do.
     listed = {
         (target, model.name): list(plan.workloads) if with_deps else _missing(workspace, target, plan)
@@ -141,7 +141,7 @@ def _back(
         }
 
 
-def _tuning(workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known) -> Iterator[dict[str, Any]]:
+def _tuning(workspace: Workspace, pairs: list[tuple[str, Model]]) -> Iterator[dict[str, Any]]:
     """A task for each operator that is known. No other depends on it, and no command runs it unless it is named."""
     yield {
         "basename": TUNE,
@@ -151,7 +151,7 @@ def _tuning(workspace: Workspace, pairs: list[tuple[str, Model]], known: _Known)
     operators = {
         (target, workload.digest): workload
         for target, model in pairs
-        if (plan := known.plan(target, model)) is not None
+        if (plan := remembered_plan(target, model)) is not None
         for workload in plan.workloads
         if workload.calls
     }
@@ -170,14 +170,14 @@ def _tune(workspace: Workspace, target: str, workload: Workload) -> dict[str, An
     from pipeline.tuning.local import tune_one
 
     pairs = [pair for pair in workspace.pairs(Selection()) if pair[0] == target]
-    models = built(workspace, [pair for pair in pairs if _uses(workspace, pairs, *pair, workload)])
+    models = built(workspace, [pair for pair in pairs if _uses(*pair, workload)])
     if not models:
         raise TvmakeError(f"a model of {target}:{workload.label} is not built", hint="run: doit build")
     return tune_one(workspace, models, target, workload, jobs())
 
 
-def _uses(workspace: Workspace, pairs: list[tuple[str, Model]], target: str, model: Model, workload: Workload) -> bool:
-    plan = _Known(workspace, pairs).plan(target, model)
+def _uses(target: str, model: Model, workload: Workload) -> bool:
+    plan = remembered_plan(target, model)
     return plan is not None and any(each.digest == workload.digest for each in plan.workloads)
 
 
@@ -262,7 +262,7 @@ def built(workspace: Workspace, pairs: list[tuple[str, Model]]) -> list[Built] |
     known = _Known(workspace, pairs)
     found = []
     for target, model in pairs:
-        plan = known.plan(target, model)
+        plan = remembered_plan(target, model)
         if plan is None or not known.is_built(target, model):
             return None
         kept = _values(f"profile:{target}:{model.name}").get("profile")
@@ -270,8 +270,26 @@ def built(workspace: Workspace, pairs: list[tuple[str, Model]]) -> list[Built] |
     return found
 
 
+def remembered_plan(target: str, model: Model) -> Plan | None:
+    """The plan of the last extraction, where doit remembers it and the store still has it. Needs no TVM."""
+    kept = _values(f"extract:{target}:{model.name}").get("plan")
+    if kept is None:
+        return None
+    import msgspec
+
+    from pipeline.hashing import Digest
+    from pipeline.store import Store, default_root
+    from pipeline.types import Plan
+
+    data = Store(default_root()).get(Digest(*kept))
+    try:
+        return msgspec.json.decode(data, type=Plan) if data is not None else None
+    except msgspec.DecodeError:
+        return None  # from another version of tvmake
+
+
 class _Known:
-    """What is known of a workspace's artifacts without doing anything: their records and plans in doit's database."""
+    """What is known of a workspace's artifacts without doing anything: their records in doit's database."""
 
     def __init__(self, workspace: Workspace, pairs: list[tuple[str, Model]]) -> None:
         self._workspace = workspace
@@ -295,23 +313,6 @@ class _Known:
         records = Store(default_root()).sets.changed
         kept = _values(f"artifact:{target}:{model.name}").get("record")
         return freshness.holds(kept, self._declared[target, model.name], but=[str(records)])
-
-    def plan(self, target: str, model: Model) -> Plan | None:
-        """The plan of the last extraction, where it is remembered and the store still has it."""
-        kept = _values(f"extract:{target}:{model.name}").get("plan")
-        if kept is None:
-            return None
-        import msgspec
-
-        from pipeline.hashing import Digest
-        from pipeline.store import Store, default_root
-        from pipeline.types import Plan
-
-        data = Store(default_root()).get(Digest(*kept))
-        try:
-            return msgspec.json.decode(data, type=Plan) if data is not None else None
-        except msgspec.DecodeError:
-            return None  # from another version of tvmake
 
     def plan_values(self, target: str, model: Model) -> dict[str, Any]:
         """Extracts, and returns what to remember of it."""

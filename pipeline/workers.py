@@ -58,7 +58,7 @@ class Workers:
         self._all: set[_Worker] = set()
         self._changed = threading.Condition()
         self._stopped = False
-        self.corrupt = 0  # files of the store that workers found damaged and set aside
+        self.corrupt = 0  # files of the store, members of sets among them, that workers found damaged and set aside
 
     def perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
         """Has a worker run an action and store its results; waits for it.
@@ -287,13 +287,14 @@ def serve(pipe: Connection, root: Path) -> None:
             action, key, components = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
-        before = store.counts.corrupt
+        before = store.counts.corrupt + store.counts.torn
         try:
             result: object = perform(store, action, key, components)
         except Exception as error:
             result = error
         with contextlib.suppress(OSError):
-            pipe.send_bytes(_pickled(result, store.counts.corrupt - before, action, key))
+            corrupt = store.counts.corrupt + store.counts.torn - before
+            pipe.send_bytes(_pickled(result, corrupt, action, key))
 
 
 def _pickled(result: object, corrupt: int, action: Action, key: str) -> bytes:

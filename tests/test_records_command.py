@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import models
@@ -14,11 +13,10 @@ from conftest import Done, WorkspaceFolder
 from tvm import tirx
 from tvm.s_tir import Schedule, meta_schedule
 
-from pipeline.commands.records import exported
 from pipeline.compiler import ir
 from pipeline.store import Store
 from pipeline.tuning.ledger import Ledger
-from pipeline.tuning.records import Certificate, Outcome, RetestRecord, TrialRecord, standing
+from pipeline.tuning.records import Certificate, Outcome, RetestRecord, TrialRecord
 from tests.compiler.strategies.workloads import NATIVE, commit
 
 OTHER = tvm.target.Target({"kind": "llvm", "mcpu": "cortex-a72", "mtriple": "aarch64-linux-gnu"})
@@ -187,37 +185,3 @@ def test_a_database_is_for_one_target(dense: WorkspaceFolder) -> None:
     done = dense.doit("records", "export", "out")
     assert done.code == 2
     assert "doit records export out -t native" in done.err
-
-
-# what is exported
-
-
-def trial(name: str, seconds: float, baseline: float = 2.0, space: str = "post-order-apply") -> TrialRecord:
-    known = {"space_version": 1, "decisions": name, "outcome": Outcome.TIMED}
-    return TrialRecord(candidate=name, space=space, seconds=seconds, baseline=baseline, **known)
-
-
-def retest(name: str, seconds: float) -> RetestRecord:
-    return RetestRecord(candidate=name, seconds=seconds, baseline=2.0, noise=0.0, certificate=RIGHT)
-
-
-def test_what_seems_faster_than_the_best_winner_was_never_confirmed_and_stays() -> None:
-    records = [trial("lucky", 0.1), trial("best", 0.4), retest("best", 0.5), trial("slow", 1.0)]
-    assert exported(standing(records, 0.02)) == [("best", 0.5), ("slow", 1.0)]
-    assert exported(standing(records[:1], 0.02)) == [("lucky", 0.1)], "where nothing was confirmed all is given"
-
-
-def test_drift_between_two_nights_decides_nothing() -> None:
-    records = [trial("quiet", 1.0, 2.0), trial("loaded", 3.0, 9.0)]
-    assert exported(standing(records, 0.02)) == [("loaded", pytest.approx(2 / 3)), ("quiet", 1.0)]
-
-
-def test_decisions_of_other_spaces_are_no_traces() -> None:
-    assert exported(standing([trial("a", 1.0, space="rules")], 0.02)) == []
-
-
-def test_claims_and_failures_are_not_exported(tmp_path: Path) -> None:
-    claim = TrialRecord(
-        candidate="c", space="post-order-apply", space_version=1, decisions=[], outcome=Outcome.CLAIMED, seconds=1.0
-    )
-    assert exported(standing([claim], 0.02)) == []

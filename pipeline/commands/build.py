@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import getopt
-import itertools
 import signal
 import sys
 import threading
@@ -19,6 +16,7 @@ from doit.globals import Globals
 from doit.runner import MThreadRunner
 from doit.task import Stream
 
+from pipeline.commands.arguments import OptionsAnywhere
 from pipeline.errors import TvmakeError
 from pipeline.workspace import Part, Selection, Workspace, jobs, selecting, the_workspace
 
@@ -52,7 +50,7 @@ opt_dump = {
 }
 
 
-class Build(Run):
+class Build(OptionsAnywhere, Run):
     """doit's own run, over a workspace's tasks, in two rounds: operators are known only after extraction."""
 
     doc_purpose = "build the models' libraries; never tunes"
@@ -72,16 +70,6 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
     cmd_options: tuple[dict[str, Any], ...] = (opt_target, opt_jobs, opt_dump)
     name = "build"
     dep_manager: Any
-
-    def parse_execute(self, in_args: list[str]) -> int:
-        """Takes options wherever they stand, also after the names of models."""
-        parser = self.cmdparser
-        with contextlib.suppress(getopt.error):  # doit says it in words of its own
-            given, names = getopt.gnu_getopt(in_args, parser.get_short(), parser.get_long())
-            options = [[name] if parser.get_option(name)[0].type is bool else [name, value] for name, value in given]
-            in_args = [*itertools.chain(*options), "--", *names]
-        code: int = super().parse_execute(in_args)
-        return code
 
     def execute(self, params: Any, args: list[str]) -> int:
         models = frozenset(args) or None
@@ -205,7 +193,7 @@ class Session:
     def sum_up(self) -> None:
         """The last line."""
         pairs = self.workspace.pairs(self.selection)
-        count = _counted(len(pairs), "artifact")
+        count = counted(len(pairs), "artifact")
         if self.workspace.has_built:
             missing = [pair for pair in pairs if f"extract:{pair[0]}:{pair[1].name}" in self.begun]
             missing = [pair for pair in missing if not self.workspace.build.is_published(*pair)]
@@ -215,18 +203,24 @@ class Session:
             # An operator may have several functions compiled: candidates, and what lays out its weights.
             compiled = len(tally.subjects.get("codegen", ()))
             cached = len(tally.found.get("codegen", set()) - tally.subjects.get("codegen", set()))
-            corrupt = self.workspace.build.memoizer.store.counts.corrupt + self.workspace.build.memoizer.workers.corrupt
-            notes = f"; {_counted(corrupt, 'corrupt entry')} of the store set aside" if corrupt else ""
-            failed = f", {_counted(len(self.failures), 'task')} failed" if self.failures else ""
+            corrupt = self._corrupt()
+            notes = f"; {counted(corrupt, 'corrupt entry')} of the store set aside" if corrupt else ""
+            failed = f", {counted(len(self.failures), 'task')} failed" if self.failures else ""
             self.progress.say(
-                f"{count}{failed}: {_counted(compiled, 'operator')} compiled, {cached} cached, "
-                f"{_counted(tally.ran['link'], 'library')} linked, in {self.progress.elapsed:.1f} s{notes}"
+                f"{count}{failed}: {counted(compiled, 'operator')} compiled, {cached} cached, "
+                f"{counted(tally.ran['link'], 'library')} linked, in {self.progress.elapsed:.1f} s{notes}"
             )
         else:
             self.progress.say(f"{count} up to date, nothing to do")
 
+    def _corrupt(self) -> int:
+        """Files of the store that were damaged, or did not belong there, and were set aside: here or in workers."""
+        memoizer = self.workspace.build.memoizer
+        return memoizer.store.counts.corrupt + memoizer.store.counts.torn + memoizer.workers.corrupt
 
-def _counted(number: int, thing: str) -> str:
+
+def counted(number: int, thing: str) -> str:
+    """1 operator, 2 operators, 2 entries."""
     plural = thing.removesuffix("y") + "ies" if thing.endswith("y") else thing + "s"
     return f"{number} {thing if number == 1 else plural}"
 

@@ -1,0 +1,517 @@
+"""`doit tune` from end to end: what it finds and what a build makes of it, what it never does twice, and what cannot
+stop it.
+
+The operators are tiny and the search spaces lie in the workspaces: a few candidates each, of which some are planted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import onnx
+import pytest
+from conftest import Done, WorkspaceFolder
+from onnx import helper
+
+from pipeline.hashing import key_of
+from pipeline.store import Store
+from pipeline.tuning.records import Outcome, Record, RetestRecord, Standing, TrialRecord, decoded, standing
+
+NOISE = 0.03
+SIZE = 48
+NET = 'Model.onnx("net", "net.onnx")'
+TARGET = """\
+target = "native"
+order = ["tuned", "default"]
+layout = "as-is"
+{more}
+[measure]
+profile = false
+noise = 0.03
+patience = 2
+[tune]
+spaces = [{spaces}]
+batch = 4
+seconds = 0.01
+timeout = {timeout}
+"""
+
+# Vectorizes products: every candidate is many times as fast as the default.
+LANES = '''
+"""Products, so many lanes and rows at a time."""
+
+
+class Lanes:
+    name = "lanes"
+    version = 1
+
+    def propose(self, func, target, tried, known, count, seed):
+        from pipeline.compiler.records import digest_of
+        from pipeline.compiler.search import Proposal
+
+        made = [(tile, self.make(func, target, tile)) for tile in TILES]
+        return [Proposal(tile, each) for tile, each in made if digest_of(each) not in known][:count]
+
+    def make(self, func, target, tile):
+        from tvm import s_tir
+
+        if not isinstance(tile, list):
+            raise ValueError(f"{tile!r} is no tile")
+        lanes, rows = tile
+
+        schedule = s_tir.Schedule(func)
+        for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+            loops = schedule.get_loops(block)
+            if len(loops) == 3:
+                schedule.reorder(loops[0], loops[2], loops[1])
+            schedule.vectorize(schedule.split(loops[1], [None, lanes])[1])
+            schedule.split(loops[0], [None, rows])
+        return schedule.mod["main"]
+
+
+space = Lanes()
+'''
+
+# Functions for `models.dense`, each of a kind that must not win, but for the right one.
+PLANTED = '''
+"""What must not win, planted."""
+
+SUM = " + ".join(f"x[vi, {k}] * w[{k}, vj]" for k in range(4)) + " + b[vj]"
+TEXT = """
+@T.prim_func(s_tir=True)
+def main(x: T.Buffer((2, 4), "float32"), w: T.Buffer((4, 8), "float32"),
+         b: T.Buffer((8,), "float32"), y: T.Buffer((2, 8), "float32")):
+    T.func_attr({"tirx.noalias": True})
+    for i, j in T.grid(2, 8):
+        with T.sblock("y"):
+            vi, vj = T.axis.remap("SS", [i, j])
+            y[vi, vj] = VALUE
+    AFTER
+"""
+LARGE = """for k in T.unroll(60000):
+        with T.sblock("z"):
+            vk = T.axis.spatial(60000, k)
+            y[0, vk % 8] = y[0, vk % 8] * T.float32(1.5)"""
+CALL = 'T.evaluate(T.call_extern("int32", "{}"))'
+VALUES = {"wrong": f"T.max({SUM}, T.float32(0.5))", "nan": 'T.float32("nan")'}
+AFTER = {
+    "crash": CALL.format("abort"),
+    "loop": CALL.format("pause"),
+    "missing": CALL.format("no_such_function"),
+    "refused": "T.evaluate(T.ptx_wait_group(0))",
+    "large": LARGE,
+}
+
+
+class Planted:
+    name = "planted"
+    version = 1
+
+    def propose(self, func, target, tried, known, count, seed):
+        from pipeline.compiler.records import digest_of
+        from pipeline.compiler.search import Proposal
+
+        made = [(kind, self.make(func, target, kind)) for kind in KINDS]
+        return [Proposal(kind, each) for kind, each in made if digest_of(each) not in known][:count]
+
+    def make(self, func, target, kind):
+        import tvm.script
+        from tvm.script import tirx as T
+
+        value = VALUES.get(kind, f"T.max({SUM}, T.float32(0))")
+        text = TEXT.replace("VALUE", value).replace("AFTER", AFTER.get(kind, ""))
+        return tvm.script.from_source(text.strip(), extra_vars={"T": T})
+
+
+space = Planted()
+'''
+
+
+FEW = [[16, 1], [8, 1], [4, 1], [2, 1]]
+MANY = [[lanes, rows] for lanes in (16, 8, 4, 12, 24, 48) for rows in (1, 2, 3, 4, 6, 8, 12, 16)]
+
+
+def lanes(tiles: Sequence[Sequence[int]] = FEW) -> str:
+    return LANES.replace("in TILES]", f"in {tiles}]")
+
+
+def planted(*kinds: str) -> str:
+    return PLANTED.replace("in KINDS]", f"in {list(kinds)}]")
+
+
+def target(*spaces: str, timeout: float = 60, more: str = "") -> str:
+    return TARGET.format(spaces=", ".join(f'"{space}"' for space in spaces), timeout=timeout, more=more)
+
+
+def products(*activations: str) -> onnx.ModelProto:
+    """One product with an activation for each name, large enough to be timed."""
+    nodes, arrays, last = [], {}, "x"
+    for i, activation in enumerate(activations):
+        out = "y" if i == len(activations) - 1 else f"out{i}"
+        nodes.append(helper.make_node("MatMul", [last, f"w{i}"], [f"product{i}"]))
+        nodes.append(helper.make_node(activation, [f"product{i}"], [out]))
+        arrays[f"w{i}"] = models.weights((SIZE, SIZE), i) / SIZE
+        last = out
+    return models.graph(nodes, arrays, {"x": (SIZE, SIZE)}, {"y": (SIZE, SIZE)})
+
+
+def fill(workspace: WorkspaceFolder, *activations: str, spaces: Sequence[str] = ("lanes",), space: str = "") -> None:
+    workspace.onnx("net.onnx", products(*activations))
+    workspace.dodo(NET)
+    workspace.write("spaces/lanes.py", space or lanes())
+    workspace.write("targets/native.toml", target(*spaces))
+
+
+@dataclass(frozen=True)
+class Night:
+    """What a run of `doit tune` left: what it said, and its events."""
+
+    done: Done
+    events: list[dict[str, Any]]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def trials(self) -> Counter[str]:
+        """Candidates that were tried, by the operator's name without its digest."""
+        found: Counter[str] = Counter()
+        for batch in self.of("batch"):
+            found[plain(batch["operator"]["operator"])] += batch["timed"] + sum(batch["failed"].values())
+        return +found
+
+    @property
+    def ended(self) -> dict[str, Any]:
+        (event,) = self.of("ended")
+        return event
+
+
+def plain(operator: str) -> str:
+    return operator.removeprefix("native:").rpartition("-")[0]
+
+
+def tune(workspace: WorkspaceFolder, *arguments: str, **environment: Any) -> Night:
+    events = workspace.cache.parent / f"events-{time.monotonic_ns()}.jsonl"
+    done = workspace.doit("tune", "--events", str(events), *arguments, **environment)
+    listed = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+    return Night(done, listed)
+
+
+@contextlib.contextmanager
+def running(workspace: WorkspaceFolder, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`doit tune` in a process of its own, with its events on the standard output."""
+    process = subprocess.Popen(
+        workspace.command("tune", "--events", "-", *arguments),
+        cwd=workspace.folder,
+        env=workspace.environment(**environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def event(process: subprocess.Popen[str], kind: str, **given: str) -> dict[str, Any]:
+    """Waits for an event."""
+    for line in process.stdout or ():
+        found = json.loads(line)
+        if found["event"] == kind and given.items() <= found.items():
+            return dict(found)
+    raise AssertionError(process.stderr.read() if process.stderr else "")
+
+
+def finish(process: subprocess.Popen[str]) -> Night:
+    out, err = process.communicate(timeout=120)
+    return Night(Done(process.returncode, out, err), [json.loads(line) for line in out.splitlines()])
+
+
+def idle(workspace: WorkspaceFolder, *arguments: str, **environment: Any) -> Night:
+    """A run that must make no trial, import no TVM and start no worker."""
+    night = tune(workspace, *arguments, forbid_tvm=True, **environment)
+    night.done.good()
+    assert night.done.last.startswith("nothing to tune"), night.done.err
+    assert not night.events
+    return night
+
+
+def records(workspace: WorkspaceFolder) -> dict[str, list[Record]]:
+    """Every record of the store, by the key of its set."""
+    sets = Store(workspace.cache).sets
+    keys = [folder.name for folder in (workspace.cache / "sets").glob("??/*")]
+    return {key: [decoded(data) for _, data in sets.read(key)] for key in keys}
+
+
+def standings(workspace: WorkspaceFolder) -> dict[str, Standing]:
+    """Where each operator of the store stands, by its name without its digest."""
+    sets = Store(workspace.cache).sets
+    return {
+        str(sets.about(key)["operator"]).rpartition("-")[0] or str(sets.about(key)["operator"]): standing(each, NOISE)
+        for key, each in records(workspace).items()
+    }
+
+
+def require_nothing_timed_twice(workspace: WorkspaceFolder) -> None:
+    for each in records(workspace).values():
+        timed = Counter(record.candidate for record in each if is_timed(record))
+        assert set(timed.values()) <= {1}, timed
+
+
+def is_timed(record: Record) -> bool:
+    return isinstance(record, TrialRecord) and record.outcome is Outcome.TIMED
+
+
+def implementations(workspace: WorkspaceFolder, model: str = "net") -> dict[str, str]:
+    return {plain(each["name"]): each["implementation"] for each in workspace.manifest(model)["operators"]}
+
+
+def right(workspace: WorkspaceFolder, *activations: Callable[[np.ndarray], np.ndarray]) -> None:
+    x = models.weights((SIZE, SIZE), 99)
+    (output,) = workspace.run("net", x=x).values()
+    for i, activation in enumerate(activations):
+        x = activation(x @ (models.weights((SIZE, SIZE), i) / SIZE))
+    np.testing.assert_allclose(output, x, rtol=1e-3, atol=1e-5)
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+RELU, SIGMOID, TANH = "fused_matmul_relu", "fused_matmul_sigmoid", "fused_matmul_tanh"
+
+
+@dataclass(frozen=True)
+class Story:
+    """A workspace whose operators were tuned little by little, and built in between."""
+
+    workspace: WorkspaceFolder
+    some: Night
+    built: Done
+    rest: Night
+    rebuilt: Done
+
+
+@pytest.fixture(scope="module")
+def story(new_workspace: Callable[[], WorkspaceFolder]) -> Story:
+    workspace = new_workspace()
+    fill(workspace, "Relu", "Sigmoid")
+    some = tune(workspace, "*relu*", "--trials", "2")
+    built = workspace.build()
+    return Story(workspace, some, built, tune(workspace), workspace.build())
+
+
+# What it does, and never does twice.
+
+
+def test_what_is_not_built_is_built_and_only_what_is_asked_for_is_tuned(story: Story) -> None:
+    story.some.done.good()
+    assert story.some.trials == {RELU: 2}
+    assert story.some.ended["gained"]
+    assert story.built.good().subjects("compiled") == [f"native:{name_of(story, RELU)}"]
+    assert story.built.compiled == 1
+
+
+def name_of(story: Story, operator: str) -> str:
+    (found,) = [each["name"] for each in story.workspace.manifest("net")["operators"] if plain(each["name"]) == operator]
+    return str(found)
+
+
+def test_more_trials_go_on_where_fewer_ended(story: Story) -> None:
+    story.rest.done.good()
+    assert story.rest.trials == {RELU: 2, SIGMOID: 4}
+    assert all(len(each.trials) == 4 and each.best for each in standings(story.workspace).values())
+    require_nothing_timed_twice(story.workspace)
+
+
+def test_a_build_compiles_what_changed_and_then_nothing(story: Story) -> None:
+    story.rebuilt.good()
+    assert f"native:{name_of(story, SIGMOID)}" in story.rebuilt.subjects("compiled")
+    assert implementations(story.workspace) == {RELU: "tuned", SIGMOID: "tuned"}
+    right(story.workspace, relu, sigmoid)
+    story.workspace.idle_build()
+
+
+def test_again_it_does_nothing_in_no_time(story: Story) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    idle(story.workspace)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    idle(story.workspace, "--budget", "8h")
+    idle(story.workspace, "--trials", "2", "*relu*")
+
+
+def test_the_operators_of_another_model_in_another_workspace_are_tuned_already(
+    story: Story, new_workspace: Callable[[], WorkspaceFolder]
+) -> None:
+    other = new_workspace()
+    other.cache = story.workspace.cache
+    fill(other, "Relu", "Relu", "Sigmoid")
+    other.dodo('Model.onnx("other", "net.onnx")')
+    assert other.build().good().compiled == 0
+    assert set(implementations(other, "other").values()) == {"tuned"}
+    idle(other)
+
+
+def test_where_one_layer_is_changed_its_operator_alone_is_tuned(
+    story: Story, new_workspace: Callable[[], WorkspaceFolder]
+) -> None:
+    other = new_workspace()
+    other.cache = story.workspace.cache
+    fill(other, "Relu", "Tanh")
+    night = tune(other)
+    night.done.good()
+    assert night.trials == {TANH: 4}
+    assert other.build().good().subjects("compiled") == [
+        f"native:{each['name']}" for each in other.manifest("net")["operators"] if plain(each["name"]) == TANH
+    ]
+
+
+# What stops it.
+
+
+@pytest.fixture
+def many(workspace: WorkspaceFolder, tmp_path: Path) -> WorkspaceFolder:
+    """A workspace with so much to tune that there is time to stop it."""
+    fill(workspace, "Relu", "Sigmoid", space=lanes(MANY))
+    workspace.build().good()
+    return workspace
+
+
+def killed(workspace: WorkspaceFolder, kills: int, seed: int, folder: Path) -> None:
+    """Kills so many runs, each after some batches, at a random moment; then one goes to its end."""
+    chance = random.Random(seed)
+    told = 0
+    for _ in range(kills):
+        with running(workspace, TMPDIR=str(folder)) as process:
+            for _ in range(chance.randint(1, 2)):
+                batch = event(process, "batch")
+                told += batch["timed"] + sum(batch["failed"].values())
+            time.sleep(chance.uniform(0, 0.5))
+            process.kill()
+        kept = sum(is_timed(record) for each in records(workspace).values() for record in each)
+        assert kept >= told, "a batch that was told is lost"
+        require_nothing_timed_twice(workspace)
+        told = kept
+    left = list(folder.glob("tvmake-tune-*"))
+    assert left
+    for each in left:
+        os.utime(each, (time.time() - 120,) * 2)
+    night = tune(workspace, TMPDIR=str(folder))
+    night.done.good()
+    assert night.trials.total() == 2 * len(MANY) - told
+    assert all(len(each.trials) == len(MANY) for each in standings(workspace).values())
+    require_nothing_timed_twice(workspace)
+    assert not list(folder.glob("tvmake-*"))
+    idle(workspace)
+
+
+def test_what_is_killed_loses_nothing_that_was_told(many: WorkspaceFolder, tmp_path: Path) -> None:
+    killed(many, 3, seed=1, folder=tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_after_the_batch_and_the_best_so_far_builds(
+    many: WorkspaceFolder, number: signal.Signals
+) -> None:
+    with running(many) as process:
+        event(process, "retest", won=True)
+        process.send_signal(number)
+        night = finish(process)
+    assert night.done.code == 130
+    assert night.ended["end"] == "stopped"
+    assert "stopped\n" in night.done.err
+    assert "goes on from here" in night.done.err
+    assert "Traceback" not in night.done.err
+    kept = sum(is_timed(record) for each in records(many).values() for record in each)
+    assert 0 < kept < 2 * len(MANY)
+    many.build().good()
+    assert "tuned" in implementations(many).values()
+    right(many, relu, sigmoid)
+
+
+def test_a_second_signal_ends_it_at_once(workspace: WorkspaceFolder) -> None:
+    dense(workspace, "loop", "right", patience=60)
+    with running(workspace) as process:
+        event(process, "phase", phase="measuring")
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        night = finish(process)
+    assert time.monotonic() - begun < 5
+    assert night.done.code == 130
+    assert "Traceback" not in night.done.err
+
+
+def test_two_at_once_share_the_work(many: WorkspaceFolder, new_workspace: Callable[[], WorkspaceFolder]) -> None:
+    other = new_workspace()
+    other.cache = many.cache
+    fill(other, "Sigmoid", "Relu", space=lanes(MANY))
+    with running(many) as first, running(many) as second, running(other) as third:
+        nights = [finish(process) for process in (first, second, third)]
+    for night in nights:
+        night.done.good()
+    assert sum(night.trials.total() for night in nights) == 2 * len(MANY)
+    require_nothing_timed_twice(many)
+    for each in (many, other):
+        idle(each)
+
+
+# What goes wrong.
+
+
+def dense(workspace: WorkspaceFolder, *kinds: str, timeout: float = 60, patience: float = 2) -> None:
+    workspace.onnx("dense.onnx", models.dense())
+    workspace.dodo('Model.onnx("dense", "dense.onnx")')
+    workspace.write("spaces/planted.py", planted(*kinds))
+    text = target("planted", timeout=timeout).replace("batch = 4", "batch = 8")
+    workspace.write("targets/native.toml", text.replace("patience = 2", f"patience = {patience}"))
+
+
+ALL = ("right", "wrong", "nan", "crash", "loop", "missing", "refused", "large")
+
+
+def test_each_failure_is_named_and_none_wins_or_stops_the_night(workspace: WorkspaceFolder) -> None:
+    dense(workspace, *ALL, timeout=6)
+    night = tune(workspace)
+    night.done.good()
+    failed = {"wrong": 2, "crashed": 1, "timed out": 1, "failed": 1, "not built": 1, "build timed out": 1}
+    (figures,) = night.ended["operators"]
+    assert figures["failed"] == failed
+    assert figures["timed"] == 1
+    for cause in failed:
+        assert f"  {cause}, {failed[cause]}: native:fused_matmul" in night.done.err
+    again = tune(workspace)
+    again.done.good()
+    assert again.trials.total() == 3  # what may have been the machine's fault
+    assert again.ended["failures"].keys() == {"crashed", "timed out", "build timed out"}
+    (found,) = standings(workspace).values()
+    assert [trial.decisions for trial in found.trials if trial.seconds is not None] == ["right"]
+    assert {winner.trial.decisions for winner in found.winners} <= {"right"}
+    idle(workspace)
