@@ -6,5 +6,7 @@ frontends   a model → a Relax module without weights, and the weights
 passes      our own Relax passes
 lowering    a Relax module → bytecode objects and unique workloads
 strategies  K0 passes: a workload → a scheduled PrimFunc, or not applicable
+search      search spaces: a workload and what was tried → candidates
+records     MetaSchedule's records, grouped by workload; exchange: to and from our own
 objects     a PrimFunc → an object file
 """
