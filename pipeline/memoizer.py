@@ -116,6 +116,12 @@ class Memoizer:
         self._count_hit(action, key, entry)
         return entry
 
+    def forget(self) -> None:
+        """Forgets what was looked up: the store is asked again."""
+        with self._counting:
+            self._known.clear()
+            self.tally = Tally()
+
     def _count_hit(self, action: Action, key: str, entry: ActionEntry) -> None:
         with self._counting:
             self.tally.hits[action.stage.name] += 1

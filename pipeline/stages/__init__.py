@@ -5,7 +5,7 @@
     extract   skeleton, target             → plan, bytecode objects, n unique workloads
     bindings  a file of manual/            → the workloads that its functions are for
     records   a database, workloads        → the tuning records of each
-    claim     a database, workloads        → candidates to be tried here before they count
+    claim     records of a workload        → candidates to be tried here before they count
     export    candidates and their times   → a database of MetaSchedule's
     shim      a library's C++              → the object that calls the library
     apply     workload, strategy, target   → a candidate function, or not applicable

@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 BASELINE = "baseline"
 TUNED = "tuned"
 _SEEDS, _OTHER_SEEDS = (0, 1), (2, 3, 4)
+_TIDY = 600.0  # seconds after which what was made of a candidate is of no use
 _LONGER = 8  # times as long as a trial is timed, a retest is
 _OUTCOMES = {
     Cause.WRONG: Outcome.WRONG,
@@ -113,6 +114,8 @@ class LocalEngine:
         self._memoizer = self._made_memoizer()
         self._grounds: dict[str, _Ground] = {}
         self._grounding = threading.Lock()
+        self._taken: set[str] = set()  # blobs of the user's store that are in the scratch store
+        self._tidied = time.time()
         self._models: dict[str, Digest] = {}  # by target: the cost model, in the scratch store
         self._learner = ThreadPoolExecutor(1)
         self._preparing = 0
@@ -158,6 +161,7 @@ class LocalEngine:
 
     def measure(self, operator: Operator, batch: Batch) -> list[Record]:
         """What became of each candidate."""
+        self._tidy()
         ready = list(batch.candidates.values())
         trials = self._tried(operator, ready, self._terms(operator))
         return [self._trial(operator, each, trials) for each in ready]
@@ -193,6 +197,13 @@ class LocalEngine:
                 measured = [each for each in records if isinstance(each, TrialRecord) and each.space == space]
                 self._learner.submit(self._learn, operator, space, measured)
 
+    def _tidy(self) -> None:
+        """Throws away what was made of candidates some time ago, but for what others are measured against."""
+        if self.now() - self._tidied > _TIDY:
+            self._tidied = self.now()
+            self._memoizer.forget()
+            self._scratch.remove_old(self._taken | {digest.hash for digest in self._models.values()})
+
     # what they are measured against
 
     def _ground(self, operator: Operator) -> _Ground:
@@ -224,6 +235,7 @@ class LocalEngine:
         """Has the scratch store hold these blobs of the user's store."""
         ours, theirs = self._build.memoizer.store, self._memoizer.store
         for digest in digests:
+            self._taken.add(digest.hash)
             if not theirs.has(digest):
                 path = ours.path(digest)
                 if path is None:
@@ -456,6 +468,15 @@ class _Scratch:
         self.folder = self._root / "store"
         self._lock = FileLock(self._root / "owner", thread_local=False)
         self._lock.acquire()
+
+    def remove_old(self, kept: Collection[str]) -> None:
+        """Removes files of the store that are not of now, but for those of these names."""
+        latest = time.time() - _TIDY
+        for part in ("cas", "ac"):
+            for path in (self.folder / part).glob("*/*"):
+                with contextlib.suppress(OSError):
+                    if path.name not in kept and path.stat().st_mtime < latest:
+                        path.unlink()
 
     def close(self) -> None:
         self._lock.release()
