@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pipeline.commands.build import FAILED, INTERRUPTED, OK, Build, Session, opt_jobs, opt_target
+from pipeline.commands.build import FAILED, INTERRUPTED, OK, Build, Session, counted, opt_jobs, opt_target
 from pipeline.errors import ConfigError, TvmakeError
 from pipeline.workspace import Part, Selection, Workspace, the_workspace
 from pipeline.workspace import jobs as usual_jobs
 
 if TYPE_CHECKING:
+    from pipeline.tuning.ledger import Ledger
     from pipeline.tuning.night import Night
     from pipeline.tuning.operators import Left
     from pipeline.tuning.scheduler import Operator, Terms
@@ -163,16 +164,30 @@ def _run(
 ) -> int:
     """A night over these operators, and its exit code."""
     from pipeline.tuning import face, local
+    from pipeline.tuning.ledger import Ledger
+    from pipeline.tuning.scheduler import Scheduler
 
     for each in left:
         print(f"left as they are: {_some(each.labels)}: {each.reason}", file=sys.stderr)
-    scheduler = local.scheduler(workspace, operators, terms)
+    ledger = Ledger(workspace.store, terms.noise)
+    scheduler = Scheduler(operators, ledger.standing, terms)
     if not scheduler.plan().seconds:
+        _say_unread(ledger, operators)
         print(face.nothing_to_do(scheduler), file=sys.stderr)
         return OK
     watcher = face.watcher(sys.stderr, events)
     with _stopping(local.night(workspace, operators, terms, jobs, watcher)) as night:
-        return _CODES[night.run().end]
+        code = _CODES[night.run().end]
+    _say_unread(ledger, operators)
+    return code
+
+
+def _say_unread(ledger: Ledger, operators: Sequence[Operator]) -> None:
+    """How many records count for nothing, where there are any."""
+    unread, newer = (sum(ask(each.key) for each in operators) for ask in (ledger.unread, ledger.newer))
+    if unread:
+        told = f" ({newer} of a newer version of tvmake)" if newer else ""
+        print(f"{counted(unread, 'tuning record')} could not be read{told}; set aside", file=sys.stderr)
 
 
 def _some(labels: Sequence[str]) -> str:

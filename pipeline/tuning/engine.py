@@ -33,7 +33,7 @@ import msgspec
 from pipeline import stages
 from pipeline.compiler import search
 from pipeline.dispatch import REFERENCE, Dispatcher, Linked, measuring
-from pipeline.errors import StageError, StoreError, WorkerDiedError, first_line
+from pipeline.errors import ConfigError, StageError, StoreError, WorkerDiedError, first_line
 from pipeline.hashing import Digest, key_of
 from pipeline.measuring import TOLERANCE
 from pipeline.memoizer import Action, Memoizer
@@ -270,10 +270,12 @@ class LocalEngine:
         """Proposals of a space with their functions by name, or why there are none."""
         store = self._memoizer.store
         tried = [[each.decisions, ratio(each)] for each in standing.trials if each.space == space]
+        # What failed and may be tried again is `_again`'s to choose: no space shall propose it at once.
+        known = standing.tried.union(each.candidate for each in (*standing.trials, *standing.claims))
         inputs = {
             "function": operator.workload.function,
             "tried": store.put(msgspec.json.encode(tried)),
-            "known": store.put(json.dumps(sorted(standing.tried)).encode()),
+            "known": store.put(json.dumps(sorted(known)).encode()),
         }
         if (model := self._model(operator, space)) is not None:
             inputs["model"] = model
@@ -301,19 +303,28 @@ class LocalEngine:
     def _again(self, operator: Operator, standing: Standing, count: int) -> list[tuple[Prepared, Mapping[str, Digest]]]:
         """What failed for reasons that may have been the machine's, in an earlier run, and what others claim."""
         failed = [each for each in standing.trials if each.outcome in TRANSIENT and each.at < self._begun]
-        due = [each for each in (*standing.claims, *failed) if each.candidate not in standing.tried]
-        return [self._remade(operator, trial) for trial in due[:count]]
+        due = (each for each in (*standing.claims, *failed) if each.candidate not in standing.tried)
+        here = [each for each in due if self._is_here(operator, each.space)]
+        return [self._remade(operator, trial) for trial in here[:count]]
+
+    def _is_here(self, operator: Operator, space: str) -> bool:
+        """Whether a search space can be asked: another workspace that shares the store may have one of its own."""
+        try:
+            self._space(operator, space)
+        except ConfigError:
+            return False
+        return True
 
     def _remade(self, operator: Operator, trial: TrialRecord) -> tuple[Prepared, Mapping[str, Digest]]:
         """A candidate made again from its record."""
         prepared = Prepared(trial.candidate, trial.space, trial.space_version, trial.decisions)
         inputs = {"function": operator.workload.function, "winner0": self._memoizer.store.put(encoded(trial))}
-        inputs |= {f"space.{trial.space}": source for source in self._source(operator, trial.space).values()}
         options: dict[str, object] = {"strategy": TUNED, "target": self._build.target(operator.target).attributes}
         try:
+            inputs |= {f"space.{trial.space}": source for source in self._source(operator, trial.space).values()}
             entry = self._run_stage(stages.APPLY, operator, inputs, options)
-        except (StageError, ValueError) as error:
-            return replace(prepared, outcome=Outcome.NOT_BUILT, said=first_line(error)), {}
+        except (StageError, ConfigError, ValueError) as error:
+            return self._not_built(prepared, error), {}
         if "function" not in entry.outputs:
             return replace(prepared, outcome=Outcome.NOT_BUILT, said="it does not apply"), {}
         packed = msgspec.json.decode(self._memoizer.blob(entry.outputs["packed"]), type=tuple[Packed, ...])
@@ -333,19 +344,21 @@ class LocalEngine:
                 for packed in prepared.packed:
                     symbol = symbol_of(packed.function.hash)
                     objects[f"{symbol}.o"] = self._codegen(operator, packed.function, symbol)
-            except WorkerDiedError as error:
-                if self._memoizer.workers.stopped:
-                    raise
-                outcome = Outcome.BUILD_TIMEOUT if error.timed_out else Outcome.CRASHED
-                return replace(prepared, outcome=outcome, said=f"build: {first_line(error)}")
             except StageError as error:
-                if self._memoizer.workers.stopped:
-                    raise
-                return replace(prepared, outcome=Outcome.NOT_BUILT, said=first_line(error))
+                return self._not_built(prepared, error)
             return replace(prepared, objects=objects)
 
         with ThreadPoolExecutor(self.workers) as threads:
             yield from threads.map(compiled, proposed)
+
+    def _not_built(self, prepared: Prepared, error: Exception) -> Prepared:
+        """A candidate that there is no code of, and why. Raises the error where the night is being stopped."""
+        if self._memoizer.workers.stopped:
+            raise error
+        if isinstance(error, WorkerDiedError):
+            outcome = Outcome.BUILD_TIMEOUT if error.timed_out else Outcome.CRASHED
+            return replace(prepared, outcome=outcome, said=f"build: {first_line(error)}")
+        return replace(prepared, outcome=Outcome.NOT_BUILT, said=first_line(error))
 
     def _codegen(self, operator: Operator, function: Digest, symbol: str) -> Digest:
         options: dict[str, object] = {"symbol": symbol, "target": self._build.target(operator.target).attributes}
@@ -364,7 +377,19 @@ class LocalEngine:
     # measuring
 
     def _tried(self, operator: Operator, ready: Sequence[Prepared], terms: Terms) -> dict[str, Trial]:
-        """What became of the baseline and of each candidate, by name."""
+        """What became of the baseline and of each candidate, by name.
+
+        They are linked together. Where all fail in the same words, one that cannot be linked may have taken the others
+        with it, and each is linked alone.
+        """
+        trials = self._measured(operator, ready, terms)
+        said = {trials[each.candidate].refused for each in ready}
+        if len(ready) > 1 and len(said) == 1 and said != {""}:
+            for each in ready:
+                trials |= self._measured(operator, [each], terms)
+        return trials
+
+    def _measured(self, operator: Operator, ready: Sequence[Prepared], terms: Terms) -> dict[str, Trial]:
         ground, dispatcher = self._ground(operator), self._dispatcher(operator)
         together: dict[str, Digest] = {name: digest for each in ready for name, digest in each.objects.items()}
         more, shared = dispatcher.composition.linked_with([])

@@ -81,7 +81,7 @@ class Events:
                         (seconds of all models' operators: before, which is untuned, now, and expected)
         retest          operator (its figures), candidate, claimed (its gain before), gain, won, models (as of a batch)
         operator-ended  operator (its figures), why, said
-        paused          why, seconds
+        paused          why
         ended           end, said, budget, elapsed, spent, trials, timed, operators (figures), gained (seconds by
                         operator), models (seconds: untuned, before this run, now), failures (by cause: count, operator,
                         said), more (seconds), next (operator)

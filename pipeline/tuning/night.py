@@ -206,11 +206,10 @@ class OperatorEnded(msgspec.Struct, frozen=True, tag="operator-ended", tag_field
 
 
 class Paused(msgspec.Struct, frozen=True, tag="paused", tag_field="event"):
-    """Measuring waits, because the machine is busy or for another reason: told by the engine."""
+    """The night waits, and for what."""
 
     at: float
     why: str
-    seconds: float = 0.0
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -263,7 +262,7 @@ Event = Begun | Phase | Measured | Retested | OperatorEnded | Paused | Ended
 
 
 class Watcher(Protocol):
-    """Is told of everything that happens. `Paused` may come from any thread."""
+    """Is told of everything that happens."""
 
     def told(self, event: Event) -> None: ...
 
@@ -302,6 +301,7 @@ class Night:
         self._stops = 0
         self._pending: list[_Pending] = []
         self._elsewhere: list[Turn] = []
+        self._waits = False  # for other runs, and has said so
         self._claims = _Claims(ledger)
         self._in_hand: dict[str, set[str]] = {}  # digests that are being measured, by operator
         self._visited: set[str] = set()
@@ -411,6 +411,9 @@ class Night:
 
     def _wait_for_others(self) -> None:
         """Other runs have all operators that are left. To wait for them costs no operator anything."""
+        if not self._waits:
+            self._tell(Paused(self._engine.now(), "another run is at all operators that are left"))
+            self._waits = True
         for _ in range(round(_ELSEWHERE / _POLL)):
             if not self._stops:
                 time.sleep(_POLL)
@@ -428,6 +431,7 @@ class Night:
 
     def _take_up(self, pending: _Pending) -> None:
         turn, operator = pending.turn, pending.turn.operator
+        self._waits = False
         try:
             if not self.scheduler.may_go_on(turn, self._elapsed_when_counted):
                 self.scheduler.put_back(turn)

@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeline.tuning.records import Outcome, Standing, TrialRecord, ratio
+from pipeline.tuning.records import TRANSIENT, Outcome, Standing, TrialRecord, ratio
 from pipeline.types import Workload
 
 TRIAL_SECONDS = 0.4  # of a trial, before any was made
@@ -95,6 +95,12 @@ class Why(enum.StrEnum):
     SMALL = "too small a share to matter"
     PUT_ASIDE = "put aside"
     BUDGET = "the budget is spent"  # in an earlier run, to its end
+
+
+# What is no end for an operator with candidates that failed in an earlier run and may be tried again, and with those
+# that others claim to be fast.
+_UNLESS_AGAIN = frozenset({Why.EXHAUSTED, Why.UNMEASURABLE})
+_UNLESS_CLAIMED = _UNLESS_AGAIN | {Why.TRIALS, Why.FLAT}
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,8 @@ class State:
     looked: bool = False  # whether there was a trial of it
     completed: float = 0.0  # seconds of the largest budget that it had a part in and that was used to its end
     owed: bool = False  # has a right to its share, also where the budget is spent
+    again: frozenset[str] = frozenset()  # candidates of earlier runs, or of others, that this run may try
+    is_over: bool = False  # but for those, it has ended
     hoped: float = 0.0  # seconds of all its calls that its trials to come may save
     needed: float = 0.0  # seconds that they take
     version: int = 0  # entries of heaps that name another are void
@@ -247,7 +255,9 @@ class Scheduler:
         self._owed: list[tuple[float, int, int]] = []
         self._hoped = self._needed = 0.0  # sums over the operators
         for state in self._order:
-            self._read(state, standing(state.operator.key))
+            known = standing(state.operator.key)
+            state.again = _untried(state.operator, known)
+            self._read(state, known)
         self._guess = statistics.median([state.before for state in self._order if state.before] or [1.0])
         self._note_what_is_owed()
         for state in self._order:
@@ -391,7 +401,8 @@ class Scheduler:
         return min(size, self._to_come(state))
 
     def _to_come(self, state: State) -> int:
-        return max(0, self.terms.trials - state.trials - state.flying)
+        most = len(state.again) if state.is_over else self.terms.trials - state.trials
+        return max(0, most - state.flying)
 
     def _seconds(self, state: State, count: int) -> float:
         each = state.spent / state.trials if state.trials and state.spent else self._trial_seconds()
@@ -414,8 +425,11 @@ class Scheduler:
         state.looked = bool(standing.trials)
         state.curve.follow(standing.trials)
         state.slope = state.curve.slope(self.terms)
+        state.again &= _untried(state.operator, standing)
         if state.why is not Why.PUT_ASIDE:
-            state.why, state.said = self._ended(state, standing), ""
+            why = self._ended(state, standing)
+            state.is_over = bool(state.again) and why in (_UNLESS_CLAIMED if standing.claims else _UNLESS_AGAIN)
+            state.why, state.said = None if state.is_over else why, ""
         self._add_up(state, 1)
 
     def _add_up(self, state: State, sign: int) -> None:
@@ -516,6 +530,18 @@ class Scheduler:
             if len(heap) > 2 * len(self._order) + 8:
                 heap[:] = [entry for entry in heap if self._order[entry[1]].version == entry[2]]
                 heapq.heapify(heap)
+
+
+def _untried(operator: Operator, standing: Standing) -> frozenset[str]:
+    """Candidates that somebody claims to be fast, and those whose failure may have been the machine's."""
+    if not standing.claims and not any(standing.failures.get(outcome) for outcome in TRANSIENT):
+        return frozenset()
+    failed = (
+        trial
+        for trial in standing.trials
+        if trial.outcome in TRANSIENT and (trial.space, trial.space_version) in operator.spaces
+    )
+    return frozenset(trial.candidate for trial in (*standing.claims, *failed)) - standing.tried
 
 
 def _once(operators: Iterable[Operator]) -> Iterable[Operator]:

@@ -235,7 +235,7 @@ FIELDS = {
     "batch": {"elapsed", "left", "operator", "timed", "failed", "seconds", "models"},
     "retest": {"operator", "candidate", "claimed", "gain", "won", "models"},
     "operator-ended": {"operator", "why", "said"},
-    "paused": {"why", "seconds"},
+    "paused": {"why"},
     "ended": set(Ended.__struct_fields__) - {"at"},
 }
 
