@@ -115,7 +115,8 @@ def space_of(folder: Path, name: str) -> tuple[search.Space, Path | None]:
 
 
 _WINNERS = 3  # records that `tuned` is given: should the best not be made again, the next is
-_DATABASE = {"workloads": "database_workload.json", "records": "database_tuning_record.json"}
+# The files of a database of MetaSchedule's.
+DATABASE = {"workloads": "database_workload.json", "records": "database_tuning_record.json"}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -147,7 +148,7 @@ class Composition:
     def files(self) -> list[Path]:
         """The files that the choice depends on: the workspace's own, the databases of records, and the libraries'."""
         own = [path for kind in FOLDERS for path in (self._folder / kind).glob("*") if path.is_file()]
-        databases = [self._folder / name / part for name in self._file.records for part in _DATABASE.values()]
+        databases = [self._folder / name / part for name in self._file.records for part in DATABASE.values()]
         found = [each for each in self._libraries.values() if each.source is None]
         shared = [path for each in self._libraries.values() for path in each.installed.shared.values()]
         ours = [Path(sys.modules[type(each.library).__module__].__file__ or "") for each in found]
@@ -215,7 +216,7 @@ class Composition:
         for name in self._file.records:
             inputs = {}
             try:
-                for part, file in _DATABASE.items():
+                for part, file in DATABASE.items():
                     inputs[part] = self._memoizer.store.put_file(self._folder / name / file)
                 inputs |= {f"f{workload.digest}": functions[f"f{workload.digest}"] for workload in plan.workloads}
                 entry = self._memoizer.run(Action(stages.RECORDS, f"{self._target}:{name}", inputs))
@@ -278,7 +279,9 @@ class Composition:
         key = self._ledger.key_of(workload.digest, self._attributes, device())
         inputs: dict[str, Digest] = {}
         winners: list[Digest] = []
-        for winner in self._ledger.standing(key).winners[:_WINNERS]:
+        for winner in self._ledger.standing(key).winners:
+            if len(winners) == _WINNERS:
+                break
             try:
                 _, sources = self.space(winner.trial.space)
             except ConfigError as error:

@@ -108,7 +108,8 @@ def composed(folder: Path) -> str:
     places = [*_PLACES, sysconfig.get_path("purelib"), os.path.join(sys.prefix, "lib")]
     changed = [_changed_ns(Path(place)) for place in places]
     versions = [(strategy.name, strategy.version) for strategy in STRATEGIES]
-    return repr([listed, changed, [os.environ.get(name) for name in _ROOTS], versions])
+    # Files are kept by their full names: of a workspace that was copied, they are the original's.
+    return repr([str(folder.resolve()), listed, changed, [os.environ.get(name) for name in _ROOTS], versions])
 
 
 @functools.cache

@@ -293,8 +293,7 @@ class _Trial:
     def _library(self, contender: Contender) -> Any:
         parts = (tuple(contender.objects.items()), tuple(contender.libraries.items()))
         if parts not in self._linked:
-            folder = self._folder / str(len(self._linked))
-            folder.mkdir()
+            folder = Path(tempfile.mkdtemp(dir=self._folder))
             for path in contender.libraries.values():
                 ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
             (folder / LIBRARY).write_bytes(link(contender.objects, libraries=contender.libraries))

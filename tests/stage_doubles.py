@@ -122,3 +122,9 @@ def give_nothing(inputs: Inputs, options: Options) -> Outputs:
 
 def give_several(inputs: Inputs, options: Options) -> Outputs:
     return {"a": b"first", "b": memoryview(b"second"), "none": b""}
+
+
+def read_set(inputs: Inputs, options: Options) -> Outputs:
+    """Reads a set of the store, and then each input."""
+    members = [name for name, _ in inputs._store.sets.read(str(options["set"]))]
+    return {"members": " ".join(members).encode(), **inputs}

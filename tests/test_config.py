@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.compiler.strategies import ORDER
-from pipeline.config import Check, Measure, Operators, TargetFile, load_target
+from pipeline.config import Check, Measure, Operators, TargetFile, Tune, load_target
 from pipeline.errors import ConfigError
 
 NAMES = [*ORDER, "onednn"]
@@ -53,6 +53,13 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         noise = 0.1
         seconds = 2
         patience = 5
+        [tune]
+        spaces = ["rules", "own"]
+        trials = 64
+        patience = 16
+        batch = 8
+        seconds = 0.1
+        timeout = 30
         [[operators]]
         match = "conv2d*"
         only = ["library"]
@@ -72,6 +79,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         timeout=60.0,
         check=Check(enabled=False, tolerance=1e-2, seeds=(1, 2)),
         measure=Measure(profile=False, noise=0.1, seconds=2.0, patience=5.0),
+        tune=Tune(("rules", "own"), trials=64, patience=16, batch=8, seconds=0.1, timeout=30.0),
         operators=(Operators("conv2d*", only=("library",)), Operators("softmax*", forbid=("onednn",))),
     )
 
@@ -96,14 +104,22 @@ WRONG: dict[str, tuple[str, ...]] = {
     "measure.noise": ("-0.1", "1.0", "nan", '"3 %"'),
     "measure.seconds": ("0", "-1", "true"),
     "measure.patience": ("0", "nan"),
+    "tune": ("3", '"all"'),
+    "tune.spaces": ('"rules"', "[1]"),
+    "tune.trials": ("0", "-1", "1.5", '"64"', "true"),
+    "tune.patience": ("0", "0.5"),
+    "tune.batch": ("0", "-8"),
+    "tune.seconds": ("0", "nan", '"1"'),
+    "tune.timeout": ("0", "-1", "nan"),
     "operators": ("3", '["conv2d"]', '[{only = ["default"]}]', '[{match = "a", only = ["nonesuch"]}]'),
 }
 CASES = [(key, value) for key, values in WRONG.items() for value in values]
 
 
 def test_every_key_is_tried() -> None:
-    fields = {*TargetFile.__struct_fields__, *(f"check.{name}" for name in Check.__struct_fields__)}
-    assert set(WRONG) == fields | {f"measure.{name}" for name in Measure.__struct_fields__}
+    tables = {"check": Check, "measure": Measure, "tune": Tune}
+    under = {f"{table}.{name}" for table, kind in tables.items() for name in kind.__struct_fields__}
+    assert set(WRONG) == under | {*TargetFile.__struct_fields__}
 
 
 @pytest.mark.parametrize(("key", "value"), CASES)

@@ -53,7 +53,10 @@ def operator_of(place: WorkspaceFolder) -> str:
     return name
 
 
-GROUPS = ["apply", "artifact", "check", "codegen", "dispatch", "extract", "link", "pack", "profile", "read", "resolve"]
+GROUPS = [
+    *("apply", "artifact", "check", "codegen", "dispatch", "extract", "link", "pack", "profile", "read", "resolve"),
+    "tune",
+]
 
 
 def test_list_before_and_after_the_first_build(dense: WorkspaceFolder) -> None:
@@ -69,11 +72,13 @@ def test_list_before_and_after_the_first_build(dense: WorkspaceFolder) -> None:
     assert names(dense.doit("list", forbid_tvm=True)) == GROUPS
     after = names(dense.doit("list", "--all", forbid_tvm=True))
     operators = sorted(set(after) - set(before))
-    assert [name.partition(":")[0] for name in operators] == ["apply", "codegen", "dispatch"]
+    assert [name.partition(":")[0] for name in operators] == ["apply", "codegen", "dispatch", "tune"]
     assert re.fullmatch(OPERATOR, operators[1])
 
     status = dense.doit("list", "--all", "--status", forbid_tvm=True).good().out
-    assert {line.split()[0] for line in status.splitlines() if line.split()[1] not in GROUPS} == {"U"}
+    told = {tuple(line.split()[:2]) for line in status.splitlines()}
+    stages = {(state, name.partition(":")[0]) for state, name in told if name not in GROUPS}
+    assert stages == {("R" if stage == "tune" else "U", stage) for stage in GROUPS}, "whoever names a search wants it"
     shutil.rmtree(dense.cache)
     assert set(names(dense.doit("list", "--all", forbid_tvm=True))) == set(before), "without a store, no operators"
 
@@ -153,10 +158,14 @@ def test_one_task_by_name_after_the_first_build(dense: WorkspaceFolder) -> None:
 
 
 def test_doit_alone_builds_as_well(dense: WorkspaceFolder) -> None:
-    assert "artifact:native:dense" in dense.doit().good().out
+    ran = dense.doit().good().out
+    assert "artifact:native:dense" in ran
+    assert "tune" not in ran
     np.testing.assert_allclose(dense.run("dense", x=X)["y"], models.dense_of(X), rtol=1e-5, atol=1e-6)
     dense.idle_build()
-    assert ".  " not in dense.doit(forbid_tvm=True).good().out
+    again = dense.doit(forbid_tvm=True).good().out
+    assert ".  " not in again
+    assert "tune" not in again, "neither when its operators are known"
 
 
 def test_tasks_of_the_users_own_stand_beside_the_workspace(dense: WorkspaceFolder) -> None:

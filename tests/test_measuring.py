@@ -46,6 +46,7 @@ DOUBLE = "for (int i = 0; i < 4; ++i) y[i] = 2 * x[i];"
 TRIPLE = "for (int i = 0; i < 4; ++i) y[i] = 3 * x[i];"
 CRASH = "*(volatile int*)0 = 1;"
 HANG = "for (volatile int go = 1; go;) {}"
+UNLINKABLE = "extern void nowhere(float*); nowhere(y);"
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,6 @@ def test_every_cause_is_told_and_the_others_go_on(compiled: Callable[..., Conten
         "wrong": TRIPLE,
         "unwritten": "(void)y;",
         "says an error": 'TVMFFIErrorSetRaisedFromCStr("RuntimeError", "no room"); return -1;',
-        "cannot be linked": "extern void nowhere(float*); nowhere(y);",
         "crashes": CRASH,
         "leaves": "exit(3);",
         "hangs": HANG,
@@ -100,18 +100,19 @@ def test_every_cause_is_told_and_the_others_go_on(compiled: Callable[..., Conten
     }
     contenders = [compiled(name, body) for name, body in given.items()]
     contenders.append(compiled("without its function", DOUBLE, symbol="other"))
+    contenders.append(compiled("cannot be linked", UNLINKABLE))
     trials = tried(compiled("reference", DOUBLE), *contenders, terms=Terms((0, 1), 0.0, 1.0))
     assert causes(trials) == {
         "right": None,
         "wrong": Cause.WRONG,
         "unwritten": Cause.WRONG,
         "says an error": Cause.FAILED,
-        "cannot be linked": Cause.FAILED,
         "crashes": Cause.CRASHED,
         "leaves": Cause.CRASHED,
         "hangs": Cause.TIMED_OUT,
         "also right": None,
         "without its function": Cause.FAILED,
+        "cannot be linked": Cause.FAILED,
     }
     words = {
         "wrong": "gives another result than the default",
@@ -126,6 +127,13 @@ def test_every_cause_is_told_and_the_others_go_on(compiled: Callable[..., Conten
         assert said in trials[name].refused, trials[name]
         assert trials[name].seconds is None
     assert (trials["right"].error, trials["right"].refused) == (0.0, "")
+
+
+def test_one_that_cannot_be_linked_is_in_nobodys_way(compiled: Callable[..., Contender]) -> None:
+    trials = tried(
+        compiled("reference", DOUBLE), compiled("cannot be linked", UNLINKABLE), compiled("right", f"{{ {DOUBLE} }}")
+    )
+    assert causes(trials) == {"cannot be linked": Cause.FAILED, "right": None}
 
 
 def test_what_crashes_only_while_it_is_timed_is_told_as_well(compiled: Callable[..., Contender]) -> None:
@@ -291,7 +299,7 @@ def test_a_disturbed_machine_is_met_with_more_rounds(
     budgets = []
 
     def timed(calls: Mapping[str, object], budget: float, at: object) -> dict[str, tuple[float, float]]:
-        return {name: (budget, 0.0) for name in calls}
+        return dict.fromkeys(calls, (budget, 0.0))
 
     monkeypatch.setattr(measuring, "_timed", timed)
     good = compiled("good", DOUBLE)

@@ -185,3 +185,25 @@ def test_a_database_is_for_one_target(dense: WorkspaceFolder) -> None:
     done = dense.doit("records", "export", "out")
     assert done.code == 2
     assert "doit records export out -t native" in done.err
+
+
+def test_what_cannot_be_read_is_told_by_builds_and_nights(dense: WorkspaceFolder) -> None:
+    dense.doit("forget", "--all").good()  # it knows the files of the folder that it was copied from
+    dense.write("targets/native.toml", 'target = "native"\norder = ["tuned", "default"]\n')
+    dense.build().good()
+    key = tune(dense, 4, 8)
+    torn = dense.cache / "sets" / key[:2] / key / ("0" * 64)
+    torn.write_bytes(b"torn")
+    assert dense.build().good().last.endswith("; 1 corrupt entry of the store set aside")
+    assert not torn.exists()
+    assert "could not be read" not in dense.doit("tune", "--budget", "1s", forbid_tvm=True).good().err
+
+    store = Store(dense.cache)
+    store.sets.add(key, [b"no record"], {})
+    store.sets.add(key, [b'{"type": "trial", "format": 1000}', b'{"type": "wish", "format": 1000}'], {})
+    dense.build().good()
+    done = dense.doit("tune", "--budget", "1s", forbid_tvm=True).good()
+    assert "3 tuning records could not be read (2 of a newer version of tvmake); set aside" in done.err.splitlines()
+    torn.write_bytes(b"torn")
+    done = dense.doit("tune", "--budget", "1s", forbid_tvm=True).good()
+    assert "4 tuning records could not be read (2 of a newer version of tvmake); set aside" in done.err.splitlines()

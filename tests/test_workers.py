@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -58,9 +59,9 @@ def perform(crew: Workers, asked: Action) -> ActionEntry:
     return crew.perform(asked, "ab" * 32, {"stage": asked.stage.name})
 
 
-def pid(crew: Workers, store: Store) -> int:
+def pid(crew: Workers, store: Store, home: Home = Home.COMPILER) -> int:
     """The process that answers next."""
-    said = store.get(perform(crew, action(double(stage_doubles.echo))).outputs["pid"])
+    said = store.get(perform(crew, action(double(stage_doubles.echo, home=home))).outputs["pid"])
     assert said is not None
     return int(said)
 
@@ -121,6 +122,50 @@ def test_a_worker_is_used_again_and_a_fresh_one_is_not(crew: Workers, store: Sto
     assert len({Digest.of(b"%d" % first), *fresh}) == 3
     assert pid(crew, store) == first
     assert [child.pid for child in children()] == [first]
+
+
+def test_a_runner_is_used_again_and_is_no_compiler(crew: Workers, store: Store) -> None:
+    """What it remembers of a reference serves the next candidates, and its children inherit none of TVM's threads."""
+    compiler, runner = pid(crew, store), pid(crew, store, Home.RUNNER)
+    assert runner != compiler
+    for _ in range(2):
+        assert pid(crew, store, Home.RUNNER) == runner
+        assert pid(crew, store) == compiler
+    assert {child.pid for child in children()} == {compiler, runner}
+
+
+def test_a_runner_starts_while_all_compilers_are_busy(crew: Workers, store: Store, tmp_path: Path) -> None:
+    crew.limit = 1
+    busy = in_background(crew, action(double(stage_doubles.sleep), started=str(tmp_path / "started"), seconds=1.5))
+    compiler = begun(tmp_path / "started")
+    assert pid(crew, store, Home.RUNNER) != compiler
+    assert not busy.done()
+    busy.result(5)
+    assert pid(crew, store) == compiler
+
+
+def test_a_runner_that_dies_is_replaced_and_the_compiler_stays(crew: Workers, store: Store) -> None:
+    compiler, runner = pid(crew, store), pid(crew, store, Home.RUNNER)
+    with pytest.raises(WorkerDiedError) as caught:
+        perform(crew, action(double(stage_doubles.segfault, home=Home.RUNNER)))
+    assert not caught.value.timed_out
+    assert pid(crew, store, Home.RUNNER) not in (compiler, runner)
+    assert pid(crew, store) == compiler
+
+
+def test_what_a_worker_set_aside_of_the_store_is_counted(crew: Workers, store: Store) -> None:
+    """Blobs, and members of sets."""
+    torn = store.root / "sets" / "ab" / "abc" / ("0" * 64)
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"torn")
+    digest = store.put(b"a blob")
+    damaged = store.root / "cas" / digest.hash[:2] / digest.hash
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"another")
+    for _ in range(2):
+        with pytest.raises(StageError, match="vanished"):
+            perform(crew, Action(double(stage_doubles.read_set), "cpu:add", {"x": digest}, {"set": "abc"}))
+        assert crew.corrupt == 2, "each once"
 
 
 def test_an_error_of_ours_comes_back_as_it_was(crew: Workers, store: Store) -> None:
@@ -221,7 +266,7 @@ def test_a_death_is_noticed_while_what_it_left_behind_holds_the_pipe(crew: Worke
     assert ended(begun(tmp_path / "started"))
 
 
-@pytest.mark.parametrize("home", [Home.COMPILER, Home.FRESH])
+@pytest.mark.parametrize("home", [Home.COMPILER, Home.RUNNER, Home.FRESH])
 def test_what_runs_past_its_time_is_stopped(crew: Workers, store: Store, tmp_path: Path, home: Home) -> None:
     asked = action(double(stage_doubles.sleep, home=home), 0.5, started=str(tmp_path / "started"))
     began = time.monotonic()
@@ -229,6 +274,8 @@ def test_what_runs_past_its_time_is_stopped(crew: Workers, store: Store, tmp_pat
         perform(crew, asked)
     assert time.monotonic() - began < 2
     assert "timeout" in caught.value.hint
+    assert caught.value.timed_out
+    assert pickle.loads(pickle.dumps(caught.value)).timed_out
     assert ended(begun(tmp_path / "started"), 0.1)
     pid(crew, store)
 

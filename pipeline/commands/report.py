@@ -9,6 +9,7 @@ import msgspec
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidDodoFile
 
+from pipeline.commands.arguments import OptionsAnywhere
 from pipeline.errors import TvmakeError
 from pipeline.types import Profile
 from pipeline.workspace import Selection, selecting, the_workspace
@@ -26,7 +27,7 @@ opt_target = {
 }
 
 
-class Report(DoitCmdBase):
+class Report(OptionsAnywhere, DoitCmdBase):
     """Reads the manifests of artifacts, and the times that the last build took down."""
 
     doc_purpose = "show what each operator of the built models runs on, and why"

@@ -10,6 +10,7 @@ taken is told anew in the canonical names. Nothing is taken that was measured on
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def taken(group: Group, func: tirx.PrimFunc, target: tvm.target.Target) -> Taken
         elif seconds == float("inf"):
             failed += 1
         else:
-            decisions = renamed(record[0], names)
+            decisions = renamed(record[0], *names)
             try:
                 candidate = digest_of(space.make(func, target, decisions))
             except ValueError as error:
@@ -83,39 +84,54 @@ def taken(group: Group, func: tirx.PrimFunc, target: tvm.target.Target) -> Taken
     return Taken(tuple(claims.values()), dict(others), failed, dict(broken))
 
 
-def renamed(trace: Any, names: Mapping[str, str]) -> Any:
-    """A trace as this project writes it, with other names of blocks. What is made of a block is named after it.
+def renamed(trace: Any, blocks: Mapping[str, str], buffers: Mapping[str, str]) -> Any:
+    """A trace as this project writes it, with other names of blocks.
 
-    {"conv2d": "block1"}:  GetSBlock("conv2d"), GetSBlock("conv2d_update")
-    →                      GetSBlock("block1"), GetSBlock("block1_update")
+    What is made of a block is named after it, and what copies a buffer after that:
+
+    {"conv2d": "block1"}, {"conv2d": "b3"}:
+           GetSBlock("conv2d"), GetSBlock("conv2d_update"), GetSBlock("conv2d_global")
+    →      GetSBlock("block1"), GetSBlock("block1_update"), GetSBlock("b3_global")
     """
     match trace:
         case [[*instructions], decisions]:
-            return [[_with_names(each, names) for each in instructions], decisions]
+            return [[_with_names(each, blocks, buffers) for each in instructions], decisions]
     return trace  # no trace: whoever replays it says so
 
 
-def _with_names(instruction: Any, names: Mapping[str, str]) -> Any:
+def _with_names(instruction: Any, blocks: Mapping[str, str], buffers: Mapping[str, str]) -> Any:
     match instruction:
         case ["GetSBlock", inputs, [str(name), *rest], outputs]:
-            return ["GetSBlock", inputs, [_renamed(name, names), *rest], outputs]
+            return ["GetSBlock", inputs, [_renamed(name, blocks, buffers), *rest], outputs]
         case ["Annotate", [block, 1], [name], outputs] if name == PREPROCESS:
             # MetaSchedule's search says `true`, and its JSON a number: the same candidate under two digests.
             return ["Annotate", [block, True], [name], outputs]
     return instruction
 
 
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    if name in names:
-        return names[name]
-    stem = max((each for each in names if name.startswith(f"{each}_")), key=len, default=None)
-    return name if stem is None else names[stem] + name[len(stem) :]
+# What TVM puts after the name of a block for those that it makes of it: decomposed, factored, blockized.
+_OF_BLOCKS = frozenset({"init", "update", "rf", "o"})
 
 
-def _names(theirs: tirx.PrimFunc, ours: tirx.PrimFunc) -> dict[str, str]:
-    """The names of blocks and buffers of one function → those of another that is structurally the same."""
-    pairs = [*zip(_blocks(theirs), _blocks(ours), strict=True), *zip(_buffers(theirs), _buffers(ours), strict=True)]
-    return dict(reversed(pairs))  # of two with one name the first counts, and blocks before buffers
+def _renamed(name: str, blocks: Mapping[str, str], buffers: Mapping[str, str]) -> str:
+    if name in blocks:
+        return blocks[name]
+    of_block, of_buffer = _stem(name, blocks), _stem(name, buffers)
+    suffixes = re.split("[_.]", name.removeprefix(of_block))[1:]
+    if of_block and (not of_buffer or _OF_BLOCKS.issuperset(suffixes)):
+        return blocks[of_block] + name.removeprefix(of_block)
+    return buffers[of_buffer] + name.removeprefix(of_buffer) if of_buffer else name
+
+
+def _stem(name: str, names: Iterable[str]) -> str:
+    """The longest name that another begins with, before a suffix; "" where there is none."""
+    return max((each for each in names if name.startswith((f"{each}_", f"{each}."))), key=len, default="")
+
+
+def _names(theirs: tirx.PrimFunc, ours: tirx.PrimFunc) -> tuple[dict[str, str], dict[str, str]]:
+    """The names of blocks, and of buffers, of one function → those of another that is structurally the same."""
+    blocks, buffers = (zip(of(theirs), of(ours), strict=True) for of in (_blocks, _buffers))
+    return dict(reversed([*blocks])), dict(reversed([*buffers]))  # of two with one name the first counts
 
 
 def _blocks(func: tirx.PrimFunc) -> list[str]:

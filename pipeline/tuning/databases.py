@@ -20,6 +20,7 @@ import msgspec
 
 from pipeline import stages
 from pipeline.compiler import search
+from pipeline.composition import DATABASE
 from pipeline.errors import ConfigError, StageError, explain_os_error
 from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
@@ -29,8 +30,6 @@ from pipeline.tuning.records import Standing, TrialRecord, ratio
 from pipeline.tuning.standings import Operators
 from pipeline.types import Workload
 
-# The two files of MetaSchedule's JSONDatabase.
-FILES = {"workloads": "database_workload.json", "records": "database_tuning_record.json"}
 SPACE = "post-order-apply"  # whose decisions are MetaSchedule's traces
 
 
@@ -57,11 +56,11 @@ class _Claims:
 def read(store: Store, folder: Path) -> dict[str, Digest]:
     """The blobs of a database's two files. Raises ConfigError where they are not there."""
     try:
-        return {part: store.put_file(folder / name) for part, name in FILES.items()}
+        return {part: store.put_file(folder / name) for part, name in DATABASE.items()}
     except OSError as error:
         raise ConfigError(
             f"{folder} has no database of MetaSchedule's: {Path(str(error.filename)).name}: {error.strerror}",
-            hint=f"name the work_dir of a tuning run, a folder with {' and '.join(FILES.values())}",
+            hint=f"name the work_dir of a tuning run, a folder with {' and '.join(DATABASE.values())}",
         ) from error
 
 
@@ -69,7 +68,7 @@ def take(memoizer: Memoizer, operators: Operators, database: Mapping[str, Digest
     """Takes in what a database, which `name` stands for, has of a target's operators."""
     functions = {f"f{each.digest}": each.function for each in operators.workloads.values()}
     outputs = memoizer.run(Action(stages.RECORDS, f"{operators.target}:{name}", {**database, **functions})).outputs
-    groups = {name[1:]: digest for name, digest in outputs.items() if name[0] == "g"}
+    groups = {output[1:]: digest for output, digest in outputs.items() if output[0] == "g"}
     taken = Taken()
     taken.left["that cannot be read"] = int(memoizer.blob(outputs["unread"]))
     taken.left["of operators that no model has"] = int(memoizer.blob(outputs["foreign"]))
@@ -124,7 +123,7 @@ class Given:
 
 def require_free(folder: Path) -> None:
     """Raises ConfigError where a folder has a database already."""
-    there = [name for name in FILES.values() if (folder / name).exists()]
+    there = [name for name in DATABASE.values() if (folder / name).exists()]
     if there:
         raise ConfigError(f"{folder} has a database already ({there[0]})", hint="name a new folder")
 
@@ -147,7 +146,7 @@ def give(memoizer: Memoizer, operators: Operators, folder: Path) -> Given:
     outputs = memoizer.run(Action(stages.EXPORT, f"{operators.target}:{folder.name}", inputs, options)).outputs
     broken = int(memoizer.blob(outputs["broken"]))
     if broken < records:
-        _write(folder, {name: memoizer.blob(outputs[part]) for part, name in FILES.items()})
+        _write(folder, {name: memoizer.blob(outputs[part]) for part, name in DATABASE.items()})
     return Given(records - broken, count, others, broken)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -57,6 +58,8 @@ from pipeline.types import Candidate, Cause, Packed, Terms, Trial, symbol_of
 
 if TYPE_CHECKING:
     from pipeline.build import Build
+
+_log = logging.getLogger(__name__)
 
 BASELINE = "baseline"
 TUNED = "tuned"
@@ -117,6 +120,7 @@ class LocalEngine:
         self._taken: set[str] = set()  # blobs of the user's store that are in the scratch store
         self._tidied = time.time()
         self._models: dict[str, Digest] = {}  # by target: the cost model, in the scratch store
+        self._failing: set[tuple[str, str]] = set()  # operators by key, and spaces that failed for them
         self._learner = ThreadPoolExecutor(1)
         self._preparing = 0
 
@@ -145,19 +149,36 @@ class LocalEngine:
             self._ground(operator)
             found = self._again(operator, standing, count)
             exhausted = []
+            failed: list[StageError] = []
             for name in self._spaces(operator):
                 version = self._space(operator, name)[0].version
                 if len(found) >= count or (name, version) in standing.exhausted:
                     continue
-                proposed, reason = self._proposed(operator, standing, name, count - len(found))
+                try:
+                    proposed, reason = self._proposed(operator, standing, name, count - len(found))
+                except StageError as error:
+                    failed.append(self._fallen(operator, name, error))
+                    continue
                 found += proposed
                 if not proposed:
                     exhausted.append(ExhaustedRecord(space=name, space_version=version, reason=reason))
+            if failed and not found and not exhausted:
+                raise failed[0]
             compiled = list(self._compiled(operator, found))
-            failed = [self._record(each) for each in compiled if each.outcome is not None]
-            return Batch({each.candidate: each for each in compiled if each.outcome is None}, (*failed, *exhausted))
+            refused = [self._record(each) for each in compiled if each.outcome is not None]
+            return Batch({each.candidate: each for each in compiled if each.outcome is None}, (*refused, *exhausted))
         finally:
             self._preparing -= 1
+
+    def _fallen(self, operator: Operator, space: str, error: StageError) -> StageError:
+        """What is said of a space that fails for an operator: once, as others may go on. Raises it where the night is
+        being stopped."""
+        if self._memoizer.workers.stopped:
+            raise error
+        if (operator.key, space) not in self._failing:
+            self._failing.add((operator.key, space))
+            _log.warning("the search space %s fails for %s: %s", space, operator.name, first_line(error))
+        return error
 
     def measure(self, operator: Operator, batch: Batch) -> list[Record]:
         """What became of each candidate."""
@@ -379,12 +400,11 @@ class LocalEngine:
     def _tried(self, operator: Operator, ready: Sequence[Prepared], terms: Terms) -> dict[str, Trial]:
         """What became of the baseline and of each candidate, by name.
 
-        They are linked together. Where all fail in the same words, one that cannot be linked may have taken the others
-        with it, and each is linked alone.
+        They are linked together. Where all fail, one that cannot be linked may have taken the others with it, and each
+        is linked alone.
         """
         trials = self._measured(operator, ready, terms)
-        said = {trials[each.candidate].refused for each in ready}
-        if len(ready) > 1 and len(said) == 1 and said != {""}:
+        if len(ready) > 1 and all(trials[each.candidate].cause is Cause.FAILED for each in ready):
             for each in ready:
                 trials |= self._measured(operator, [each], terms)
         return trials

@@ -311,6 +311,7 @@ class Night:
         self._broken = ""
         self._failures: dict[str, Failure] = {}
         self._trials = self._timed = 0
+        self._fresh = 0  # trials, but for second tries where others have a time
         self._begun = self._counted = 0.0
         self._gains: dict[str, float] = {}  # of each operator, when the run began
 
@@ -447,7 +448,7 @@ class Night:
                 return
             written = self._measured(operator, batch)
             state = self.scheduler.finish(turn, self._ledger.standing(operator.key))
-            self._learn_from(operator, written, state)
+            self._learn_from(operator, written, state, {each.candidate for each in (*before.trials, *before.claims)})
             self._row = ("", 0)
         except (StoreError, _GivenUpError):
             raise
@@ -470,11 +471,12 @@ class Night:
             written = self._add(operator, written)
         return written
 
-    def _learn_from(self, operator: Operator, written: Sequence[Record], state: State) -> None:
-        """Tells of a batch, retests what leads, and lets the engine learn."""
+    def _learn_from(self, operator: Operator, written: Sequence[Record], state: State, known: Collection[str]) -> None:
+        """Tells of a batch, retests what leads, and lets the engine learn. `known` had been tried before."""
         trials = [each for each in written if isinstance(each, TrialRecord)]
         self._trials += len(trials)
         self._timed += sum(trial.outcome is Outcome.TIMED for trial in trials)
+        self._fresh += sum(not state.timed or trial.candidate not in known for trial in trials)
         self._note_failures(operator, trials)
         took = sum(each.cost for each in written)
         failed = Counter(str(each.outcome) for each in trials if each.outcome is not Outcome.TIMED)
@@ -674,7 +676,7 @@ class Night:
             return End.STOPPED
         if any(_is_all_wrong(state) for state in states):
             return End.VALIDATION_FAILED
-        if not self._timed and (self._trials or any(state.why is Why.PUT_ASIDE for state in states)):
+        if not self._timed and (self._fresh or any(state.why is Why.PUT_ASIDE for state in states)):
             return End.NOTHING_MEASURED
         return End.BROKEN if self._broken else End.DONE
 

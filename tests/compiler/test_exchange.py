@@ -92,12 +92,17 @@ def test_the_names_of_whoever_tuned_give_way_to_the_canonical_ones(tmp_path: Pat
 
 
 def test_what_is_made_of_a_block_is_named_after_the_longest_name_that_fits() -> None:
-    names = {"root": "root", "conv": "block0", "conv_1": "block1", "b": "b3"}
+    blocks = {"root": "root", "conv": "block0", "conv_1": "block1", "sum": "block2"}
+    buffers = {"b": "b3", "conv": "b4", "conv_1": "b5"}
     told = {"conv": "block0", "conv_1": "block1", "conv_update": "block0_update", "conv_1_rf": "block1_rf"}
+    told |= {"conv_o_init": "block0_o_init", "conv_1_rf_update": "block1_rf_update"}
     told |= {"root": "root", "b_global": "b3_global", "convoy": "convoy", "other": "other"}
+    # What copies a buffer is named after it, though a block has the same name; where only a block has it, after that.
+    told |= {"conv_global": "b4_global", "conv_1_reindex_shared": "b5_reindex_shared", "conv.rf_local": "b4.rf_local"}
+    told |= {"sum_global": "block2_global", "sum_update": "block2_update", "b_update": "b3_update"}
     for theirs, ours in told.items():
         trace = [[["GetSBlock", [], [theirs, "main"], ["b0"]], ["Fuse", ["l1"], [theirs], ["l2"]]], [[0, theirs]]]
-        (first, second), decisions = exchange.renamed(trace, names)
+        (first, second), decisions = exchange.renamed(trace, blocks, buffers)
         assert first[2] == [ours, "main"]
         assert (second[2], decisions) == ([theirs], [[0, theirs]])
     for garbage in (
@@ -111,7 +116,7 @@ def test_what_is_made_of_a_block_is_named_after_the_longest_name_that_fits() -> 
         [[["GetSBlock"]], []],
         [[["GetSBlock", 1, 2, 3]], 4],
     ):
-        assert exchange.renamed(garbage, names) == garbage
+        assert exchange.renamed(garbage, blocks, buffers) == garbage
 
 
 def test_another_targets_records_are_counted_by_target_and_never_taken(tmp_path: Path) -> None:
@@ -176,6 +181,41 @@ def sampled(func: tirx.PrimFunc, target: tvm.target.Target) -> list[Schedule]:
     return found
 
 
+def _cached(sch: Schedule) -> None:
+    """A schedule that finds what it made by name: a copy of what the convolution writes, one of what it reads, and the
+    parts of the sum. The convolution and what it writes have one name, as everything that TE makes."""
+    product = sch.get_sblock("conv2d_nhwc")
+    sch.cache_write(product, 0, "global")
+    sch.cache_read(product, 0, "global")
+    sch.vectorize(sch.get_loops(sch.get_sblock("conv2d_nhwc_global"))[-1])
+    sch.unroll(sch.get_loops(sch.get_sblock("pad_temp_global"))[-1])
+    sch.decompose_reduction(product, sch.get_loops(product)[4])
+    sch.unroll(sch.get_loops(sch.get_sblock("conv2d_nhwc_update"))[4])
+
+
+def _factored(sch: Schedule) -> None:
+    """A copy of the buffer that a factored sum has of its own."""
+    total = sch.get_sblock("x_red")
+    _, inner = sch.split(sch.get_loops(total)[1], [None, 8])
+    sch.cache_write(sch.rfactor(inner, 1), 0, "global")
+    sch.vectorize(sch.get_loops(sch.get_sblock("x_red.rf_global"))[-1])
+    sch.unroll(sch.get_loops(sch.get_sblock("x_red_rf"))[-1])
+
+
+def total() -> tirx.PrimFunc:
+    x = te.placeholder((16, 64), name="x")
+    return te.create_prim_func([x, topi.sum(x, 1)]).without_attr("global_symbol")
+
+
+@pytest.mark.parametrize(("make", "change"), [(conv, _cached), (total, _factored)], ids=["cached", "factored"])
+def test_what_copies_a_buffer_is_found_under_its_own_name(tmp_path: Path, make: Any, change: Any) -> None:
+    theirs = make()
+    commit(tmp_path, theirs, change)
+    made = taken(tmp_path, ir.load(ir.canonical(theirs)))
+    assert made.broken == {}
+    assert [claim.candidate for claim in made.claims] == [candidate(theirs, change)]
+
+
 def softmax() -> tirx.PrimFunc:
     """Reductions that MetaSchedule parts in two: blocks named after blocks."""
     x = te.placeholder((64, 1000), name="x")
@@ -188,11 +228,24 @@ def two_products() -> tirx.PrimFunc:
     return te.create_prim_func([x, w, v, topi.nn.matmul(topi.nn.matmul(x, w), v)]).without_attr("global_symbol")
 
 
+def sums() -> tirx.PrimFunc:
+    """A sum of sums: the name of a block is that of another and a suffix."""
+    x = te.placeholder((1, 32, 32, 64), name="x")
+    return te.create_prim_func([x, topi.nn.relu(topi.sum(topi.sum(x, 1), 1))]).without_attr("global_symbol")
+
+
+def depthwise() -> tirx.PrimFunc:
+    x, w = te.placeholder((1, 32, 14, 14), name="x"), te.placeholder((32, 1, 3, 3), name="w")
+    return te.create_prim_func([x, w, topi.nn.depthwise_conv2d_nchw(x, w, 1, 1, 1)]).without_attr("global_symbol")
+
+
 WORKLOADS = {
     "conv": lambda: conv().without_attr("layout_free_buffers"),
     "conv with a free weight": lambda: conv().with_attr("layout_free_buffers", [1]),
     "softmax": softmax,
     "two products": two_products,
+    "sum of sums": sums,
+    "depthwise": depthwise,
 }
 
 

@@ -26,10 +26,15 @@ NOISE = 0.02
 
 
 class Book(MemoryLedger):
-    """Records written by hand: ratios of trials, None for one that crashed."""
+    """Records written by hand: ratios of trials, None for one that failed."""
 
     def tried(
-        self, chosen: Operator, ratios: Sequence[float | None], cost: float = 0.4, won: float | None = None
+        self,
+        chosen: Operator,
+        ratios: Sequence[float | None],
+        cost: float = 0.4,
+        won: float | None = None,
+        outcome: Outcome = Outcome.FAILED,
     ) -> Book:
         known = len(self.records.get(chosen.key, ()))
         trials: list[Record] = [
@@ -38,7 +43,7 @@ class Book(MemoryLedger):
                 space="fake",
                 space_version=1,
                 decisions=i,
-                outcome=Outcome.CRASHED if ratio is None else Outcome.TIMED,
+                outcome=outcome if ratio is None else Outcome.TIMED,
                 seconds=None if ratio is None else chosen.seconds / ratio,
                 baseline=None if ratio is None else chosen.seconds,
                 cost=cost,
@@ -174,6 +179,31 @@ def test_ends() -> None:
     book.tried(full, [1 + i / 10 for i in range(100)])
     found = why([flat, risen, hopeless, full], book, trials=100, patience=64)
     assert found == {"flat": Why.FLAT, "risen": None, "hopeless": Why.UNMEASURABLE, "full": Why.TRIALS}
+
+
+def test_what_may_have_been_the_machines_fault_is_tried_again_by_the_next_run() -> None:
+    chosen = replace(LARGE, spaces=frozenset({("fake", 1)}))
+    book = Book().tried(chosen, [None] * 30, outcome=Outcome.CRASHED)
+    made = scheduler([chosen], book)
+    turn = made.pick(0.0)
+    assert turn is not None
+    assert turn.count == 16
+    made.prepared(turn)
+    assert made.plan().forecasts[0].to_come == 14
+    book.add(LARGE.key, {}, [*book.records[LARGE.key]])  # the same failures again
+    state = made.finish(turn, book.standing(LARGE.key))
+    assert state.why is Why.UNMEASURABLE
+    assert scheduler([chosen], book).pick(0.0) is None
+
+
+def test_claims_are_tried_where_a_curve_is_flat() -> None:
+    book = Book().tried(LARGE, [1.5] + [1.51] * 64)
+    assert scheduler([LARGE], book).pick(0.0) is None
+    book.tried(LARGE, [None] * 3, outcome=Outcome.CLAIMED)
+    made = scheduler([LARGE], book)
+    turn = made.pick(0.0)
+    assert turn is not None
+    assert turn.count == 3
 
 
 def test_one_that_was_timed_once_may_be_measured() -> None:
