@@ -253,8 +253,8 @@ class Built:
 
 
 def built(workspace: Workspace, pairs: list[tuple[str, Model]]) -> list[Built] | None:
-    """The models as they were last built; None where one of them is not, or would be built anew for another reason than
-    that there are new tuning records. Does nothing, and needs no TVM."""
+    """The models as they were last built, by this process or an earlier one; None where one of them is not, or would be
+    built anew for another reason than that there are new tuning records. Does nothing, and needs no TVM."""
     import msgspec
 
     from pipeline.types import Profile
@@ -262,6 +262,11 @@ def built(workspace: Workspace, pairs: list[tuple[str, Model]]) -> list[Built] |
     known = _Known(workspace, pairs)
     found = []
     for target, model in pairs:
+        if workspace.has_built and workspace.build.is_published(target, model):
+            found.append(
+                Built(target, model, workspace.build.plan(target, model), workspace.build.profile(target, model))
+            )
+            continue
         plan = remembered_plan(target, model)
         if plan is None or not known.is_built(target, model):
             return None

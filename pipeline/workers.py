@@ -44,13 +44,14 @@ _REUSED = (Home.COMPILER, Home.RUNNER)
 
 class Workers:
     """At most `limit` processes of each home that is used again, and as many that are not, working for the store at
-    `root`.
+    `root`; `temporary` is where they make their temporary files, by default where this process does.
 
     Every method may be called from any thread.
     """
 
-    def __init__(self, root: Path, limit: int) -> None:
+    def __init__(self, root: Path, limit: int, temporary: Path | None = None) -> None:
         self.limit = limit
+        self._temporary = temporary
         self._root = root
         self._idle: dict[Home, list[_Worker]] = {home: [] for home in _REUSED}
         self._crews: dict[Home, set[_Worker]] = {home: set() for home in _REUSED}  # those that are used again
@@ -133,7 +134,7 @@ class Workers:
 
     def _start(self, home: Home) -> _Worker:
         try:
-            worker = _Worker(self._root)
+            worker = _Worker(self._root, self._temporary)
         except OSError as error:
             hint = "free some memory, and see `ulimit -u` and `ulimit -n`"
             raise SetupError(f"a process cannot be started: {error.strerror}", hint=hint) from error
@@ -181,12 +182,14 @@ class Workers:
 class _Worker:
     """One child process and the pipe to it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, temporary: Path | None) -> None:
         ours, theirs = Pipe()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         environment = dict(os.environ)
         # One thread each in NumPy: the workers are the parallelism.
         environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+        if temporary is not None:
+            environment["TMPDIR"] = str(temporary)
         # The child finds this package where the parent found it, installed or not.
         package = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))

@@ -424,7 +424,7 @@ def killed(workspace: WorkspaceFolder, kills: int, seed: int, folder: Path) -> N
         assert kept >= told, "a batch that was told is lost"
         require_nothing_timed_twice(workspace)
         told = kept
-    left = list(folder.glob("tvmake-tune-*"))
+    left = list(folder.glob("tvmake-*"))
     assert left
     for each in left:
         os.utime(each, (time.time() - 120,) * 2)
@@ -433,12 +433,23 @@ def killed(workspace: WorkspaceFolder, kills: int, seed: int, folder: Path) -> N
     assert night.trials.total() == len(MANY) - told
     assert all(len(each.trials) == len(MANY) for each in standings(workspace).values())
     require_nothing_timed_twice(workspace)
-    assert not list(folder.glob("tvmake-tune-*"))
+    assert not list(folder.glob("tvmake-*"))
     idle(workspace)
 
 
 def test_what_is_killed_loses_nothing_that_was_told(many: WorkspaceFolder, tmp_path: Path) -> None:
     killed(many, 3, seed=1, folder=tmp_path)
+
+
+def test_a_budget_is_kept_a_repeated_one_does_nothing_and_a_larger_one_goes_on(many: WorkspaceFolder) -> None:
+    first = tune(many, "--budget", "2s")
+    first.done.good()
+    assert 0 < first.trials.total() < len(MANY)
+    idle(many, "--budget", "2s")
+    rest = tune(many, "--budget", "8h")
+    rest.done.good()
+    assert first.trials.total() + rest.trials.total() == len(MANY)
+    require_nothing_timed_twice(many)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -550,6 +561,7 @@ def test_each_failure_is_named_and_none_wins_or_stops_the_night(
     assert figures["timed"] == 1
     for cause in failed:
         assert f"  {cause}, {failed[cause]}: native:fused_matmul" in night.done.err
+    workspace.edit('spaces = ["fails", "planted"]', 'spaces = ["planted"]', "targets/native.toml")
     again = tune(workspace)
     again.done.good()
     transient = {"crashed", "timed out", "build timed out"} & failed.keys()  # what may have been the machine's fault

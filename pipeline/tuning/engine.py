@@ -128,7 +128,9 @@ class LocalEngine:
         from pipeline.workers import Workers
 
         store = Store(self._scratch.folder)
-        return Memoizer(store, Workers(store.root, self.workers), self._build.memoizer.toolchain)
+        return Memoizer(
+            store, Workers(store.root, self.workers, self._scratch.temporary), self._build.memoizer.toolchain
+        )
 
     def now(self) -> float:
         """Unix time, as a clock that only goes forward."""
@@ -511,6 +513,8 @@ class _Scratch:
             self._remove_if_left(old)
         self._root = Path(tempfile.mkdtemp(prefix=self._PREFIX))
         self.folder = self._root / "store"
+        self.temporary = self._root / "tmp"  # of the workers: what they leave behind when they are killed goes as well
+        self.temporary.mkdir()
         self._lock = FileLock(self._root / "owner", thread_local=False)
         self._lock.acquire()
 
