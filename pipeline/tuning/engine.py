@@ -513,7 +513,7 @@ class _Scratch:
             self._remove_if_left(old)
         self._root = Path(tempfile.mkdtemp(prefix=self._PREFIX))
         self.folder = self._root / "store"
-        self.temporary = self._root / "tmp"  # of the workers: what they leave behind when they are killed goes as well
+        self.temporary = self._root / "tmp"  # of the workers: what they leave when they are killed goes as well
         self.temporary.mkdir()
         self._lock = FileLock(self._root / "owner", thread_local=False)
         self._lock.acquire()
