@@ -22,8 +22,9 @@ import psutil
 
 from bench.cpu import table
 from pipeline.tuning import scheduler as scheduling
+from pipeline.tuning.events import Event, Measured
 from pipeline.tuning.fakes import FakeEngine, MemoryLedger, operator
-from pipeline.tuning.night import Event, Measured, Night
+from pipeline.tuning.night import Night
 from pipeline.tuning.scheduler import Operator, Scheduler, State, Terms, Turn
 
 HOUR = 3600.0

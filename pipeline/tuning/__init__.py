@@ -5,8 +5,10 @@
     operators  which operators of built models there is anything to gain for
     scheduler  which operator the next batch of trials is for, and which have ended
     night      the loop: propose, build, measure, retest, write down; stopped at any time, it loses a batch at most
+    events     what happens in it, and who is told
     engine     how candidates are proposed, built and measured on this machine
     local      nights of a workspace on this machine
+    scratch    a run's folder for what is not wanted again
     fakes      an engine that does none of that, for tests and simulations
     face       what one sees: a live table, plain lines, events
     standings  what is known of each operator; databases: records from and for MetaSchedule

@@ -13,20 +13,15 @@ it is what a build has made.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import secrets
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -54,6 +49,7 @@ from pipeline.tuning.records import (
     ratio,
 )
 from pipeline.tuning.scheduler import Operator
+from pipeline.tuning.scratch import Scratch
 from pipeline.types import Candidate, Cause, Packed, Terms, Trial, symbol_of
 
 if TYPE_CHECKING:
@@ -98,7 +94,6 @@ class _Ground:
 
     reference: Linked
     baseline: Linked
-    strategy: str  # of the baseline
 
 
 class LocalEngine:
@@ -113,7 +108,7 @@ class LocalEngine:
         self._session = secrets.token_hex(8)  # other searches than any other run's
         self._clock = time.time() - time.monotonic()
         self._begun = time.time()
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
         self._memoizer = self._made_memoizer()
         self._grounds: dict[str, _Ground] = {}
         self._grounding = threading.Lock()
@@ -225,7 +220,7 @@ class LocalEngine:
         if self.now() - self._tidied > _TIDY:
             self._tidied = self.now()
             self._memoizer.forget()
-            self._scratch.remove_old(self._taken | {digest.hash for digest in self._models.values()})
+            self._scratch.remove_old(self._taken | {digest.hash for digest in self._models.values()}, _TIDY)
 
     # what they are measured against
 
@@ -249,7 +244,7 @@ class LocalEngine:
         for each in linked.values():
             self._take([*each.objects.values(), *each.shared.values()])
         self._take([workload.function])
-        return _Ground(linked[REFERENCE], linked[BASELINE], chosen.strategy)
+        return _Ground(linked[REFERENCE], linked[BASELINE])
 
     def _dispatcher(self, operator: Operator) -> Dispatcher:
         return self._build.dispatcher(operator.target)
@@ -394,7 +389,8 @@ class LocalEngine:
         inputs: Mapping[str, Digest],
         options: Mapping[str, object],
     ) -> ActionEntry:
-        limit = self._build.target(operator.target).file.tune.timeout
+        file = self._build.target(operator.target).file
+        limit = file.tune.timeout if stage is stages.CODEGEN else file.timeout
         return self._memoizer.run(Action(stage, operator.name, inputs, options, limit))
 
     # measuring
@@ -499,42 +495,3 @@ class LocalEngine:
 def _seed(*parts: object) -> int:
     """From 1 to 2³¹-2: what TVM's random numbers may start from."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") % (2**31 - 2) + 1
-
-
-class _Scratch:
-    """A folder for what is made of candidates. What a run that was killed left behind is removed by the next one."""
-
-    _PREFIX = "tvmake-tune-"
-
-    def __init__(self) -> None:
-        from filelock import FileLock
-
-        for old in Path(tempfile.gettempdir()).glob(f"{self._PREFIX}*"):
-            self._remove_if_left(old)
-        self._root = Path(tempfile.mkdtemp(prefix=self._PREFIX))
-        self.folder = self._root / "store"
-        self.temporary = self._root / "tmp"  # of the workers: what they leave when they are killed goes as well
-        self.temporary.mkdir()
-        self._lock = FileLock(self._root / "owner", thread_local=False)
-        self._lock.acquire()
-
-    def remove_old(self, kept: Collection[str]) -> None:
-        """Removes files of the store that are not of now, but for those of these names."""
-        latest = time.time() - _TIDY
-        for part in ("cas", "ac"):
-            for path in (self.folder / part).glob("*/*"):
-                with contextlib.suppress(OSError):
-                    if path.name not in kept and path.stat().st_mtime < latest:
-                        path.unlink()
-
-    def close(self) -> None:
-        self._lock.release()
-        shutil.rmtree(self._root, ignore_errors=True)
-
-    def _remove_if_left(self, old: Path) -> None:
-        from filelock import FileLock, Timeout
-
-        with contextlib.suppress(OSError, Timeout):
-            if old.stat().st_uid == os.getuid() and time.time() - old.stat().st_mtime > 60:
-                with FileLock(old / "owner").acquire(blocking=False):
-                    shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,7 @@
     Events   every event as one line of JSON
     Several  more than one of them
 
-All are watchers (pipeline.tuning.night): they are told and never ask, so that what is slow to draw delays no batch.
+All are watchers (pipeline.tuning.events): they are told and never ask, so that what is slow to draw delays no batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import msgspec
 
 from pipeline.report import duration
-from pipeline.tuning.night import (
+from pipeline.tuning.events import (
     Begun,
     End,
     Ended,

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.hashing import Digest
-from pipeline.tuning.night import Batch, Event
+from pipeline.tuning.events import Event
+from pipeline.tuning.night import Batch
 from pipeline.tuning.records import (
     Certificate,
     ExhaustedRecord,

@@ -17,7 +17,8 @@ from pipeline.types import Workload
 
 if TYPE_CHECKING:
     from pipeline.tasks import Built
-    from pipeline.tuning.night import Night, Watcher
+    from pipeline.tuning.events import Watcher
+    from pipeline.tuning.night import Night
     from pipeline.workspace import Workspace
 
 

@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.tuning import face
-from pipeline.tuning.fakes import Curve, FakeEngine, Faults, MemoryLedger, Told, operator
-from pipeline.tuning.night import (
+from pipeline.tuning.events import (
     Begun,
     End,
     Ended,
@@ -20,13 +19,14 @@ from pipeline.tuning.night import (
     Failure,
     Figures,
     Measured,
-    Night,
     OperatorEnded,
     Paused,
     Phase,
     Retested,
     Times,
 )
+from pipeline.tuning.fakes import Curve, FakeEngine, Faults, MemoryLedger, Told, operator
+from pipeline.tuning.night import Night
 from pipeline.tuning.scheduler import Scheduler, Terms
 
 CONV = Figures(

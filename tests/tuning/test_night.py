@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.errors import StageError, StoreError
 from pipeline.store import Store
+from pipeline.tuning.events import Begun, End, Ended, Measured, OperatorEnded, Phase, Retested
 from pipeline.tuning.fakes import (
     NO_FAULTS,
     Curve,
@@ -25,17 +26,7 @@ from pipeline.tuning.fakes import (
     operator,
 )
 from pipeline.tuning.ledger import Ledger
-from pipeline.tuning.night import (
-    Batch,
-    Begun,
-    End,
-    Ended,
-    Measured,
-    Night,
-    OperatorEnded,
-    Phase,
-    Retested,
-)
+from pipeline.tuning.night import Batch, Night
 from pipeline.tuning.records import ExhaustedRecord, Outcome, Record, RetestRecord, Standing, TrialRecord
 from pipeline.tuning.scheduler import Operator, Terms
 
