@@ -34,7 +34,7 @@ from bench import zoo
 from bench.cpu import table
 from bench.engines import seeded
 from bench.latency import BASE, Figure, build, measure, said
-from bench.workspaces import ROOT, Scratch
+from bench.workspaces import ROOT, BenchError, Scratch
 
 QUARTERS = (1, 2, 3, 4)
 _DODO = """\
@@ -147,6 +147,8 @@ def _watched(
             _keep(place, way, quarter)
     said(f"{', '.join(running)}: {seconds:g} s are over")
     for way, process in running.items():
+        if process.poll() not in (None, 0):
+            raise BenchError(f"{way} failed:\n{(place.folder / f'{way}.log').read_text()[-3000:]}")
         if process.poll() is None:
             # Ours ends with its budget; the batch that was running then does not count.
             os.killpg(process.pid, signal.SIGKILL)
