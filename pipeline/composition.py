@@ -390,6 +390,11 @@ class Composition:
             self._problem(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}")
             return None
 
+    def passed_over(self, workload: Workload, said: list[str]) -> None:
+        """Notes that better records of a workload cannot be made again: by this TVM, or by this version of a space."""
+        count = f"{len(said)} better tuning {'record' if len(said) == 1 else 'records'}"
+        self._problem(f"{count} of {workload.label} cannot be made again, tune it again: {said[0]}")
+
     def _problem(self, text: str) -> None:
         with self._lock:
             if text not in self.problems:

@@ -194,6 +194,9 @@ class Dispatcher:
                 if refusals is not None:
                     refusals.append(error)
                 return None
+            if "passed" in entry.outputs:
+                said = msgspec.json.decode(self.memoizer.blob(entry.outputs["passed"]), type=list[str])
+                self.composition.passed_over(workload, said)
             if "function" not in entry.outputs:
                 return None
             packed = msgspec.json.decode(self.memoizer.blob(entry.outputs["packed"]), type=tuple[Packed, ...])

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -625,7 +626,10 @@ def test_records_that_make_no_sense_are_named_and_the_best_of_the_others_is_buil
     (folder / ("a" * 64)).write_bytes(encoded(trial)[:100])
     (folder / "notes.txt").write_text("of another tool")
 
-    workspace.build().good()
+    built = workspace.build().good()
+    assert re.search(
+        rf"WARNING native: 1 better tuning record of {RELU}-\w+ cannot be made again, .*no tile", built.err
+    )
     assert implementations(workspace) == {RELU: "tuned"}
     right(workspace, relu)
     assert "unread" in workspace.doit("records", "list").good().out

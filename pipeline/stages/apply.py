@@ -24,20 +24,23 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     """Inputs: function; what else the strategy needs (`strategy_of`). Options: strategy, its version, target.
 
     Outputs, none where it does not apply: whole; function, which is whole less what lays out weights; packed, JSON; and
-    p0, p1, …, what lays them out.
+    p0, p1, …, what lays them out. Where better records were passed over: passed, JSON, what was said of each.
     """
     attributes = cast("dict[str, object]", options["target"])
     func = ir.load(inputs["function"])
     if "library" in options and not targets.is_this_processor(attributes):
         # A library packs weights for the processor that it finds, and the artifact may run on an older one.
         func = func.without_attr(prepack.LAYOUT_FREE)
-    scheduled = strategy_of(inputs, options).apply(func, targets.load(attributes))
+    strategy = strategy_of(inputs, options)
+    scheduled = strategy.apply(func, targets.load(attributes))
+    passed = getattr(strategy, "passed", ())
+    said = {"passed": msgspec.json.encode(passed)} if passed else {}
     if scheduled is None:
-        return {}
+        return said
     rest, packed, packings = parted(scheduled)
     named = {f"p{i}": function for i, function in enumerate(packings)}
     whole = ir.canonical(scheduled)
-    return {"whole": whole, "function": rest, **named, "packed": msgspec.json.encode(packed)}
+    return {"whole": whole, "function": rest, **named, "packed": msgspec.json.encode(packed), **said}
 
 
 def parted(scheduled: Any) -> tuple[bytes, list[Packed], list[bytes]]:

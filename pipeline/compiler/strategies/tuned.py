@@ -9,7 +9,6 @@ Tuning fills sets of records, this applies what is in one: neither waits for the
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,18 +22,17 @@ if TYPE_CHECKING:
     from pipeline.compiler.records import Group
     from pipeline.compiler.search import Space
 
-_log = logging.getLogger(__name__)
-
 
 class Tuned:
     """Applies the first of these winners that can be made again, or else the best record of these groups.
 
     winners  bytes of trial records, for the workload and the target that it is applied to; the best first
     spaces   search spaces that are not this project's, by name
+    passed   after `apply`: what was said of better ones that cannot be made again
     """
 
     name = "tuned"
-    version = 1
+    version = 2
 
     def __init__(
         self, groups: Iterable[Group], winners: Iterable[bytes] = (), spaces: Mapping[str, Space] | None = None
@@ -42,6 +40,7 @@ class Tuned:
         self._groups = tuple(groups)
         self._winners = tuple(winners)
         self._spaces = dict(spaces or {})
+        self.passed: list[str] = []
 
     @functools.cached_property
     def _by_digest(self) -> Mapping[str, Sequence[Group]]:
@@ -54,18 +53,17 @@ class Tuned:
         """Raises StageError where records for the target are there and none of them can be replayed."""
         from pipeline.compiler import records
 
-        refusals: list[str] = []
+        self.passed = []
         for winner in self._winners:
             try:
                 return self._made(winner, func, target)
             except ValueError as error:
-                _log.warning("a tuning record is passed over: %s", error)
-                refusals.append(str(error))
-        made, more = records.replay_best(self._by_digest.get(records.digest_of(func), ()), target)
-        refusals += more
-        if made is None and refusals:
+                self.passed.append(str(error))
+        made, refusals = records.replay_best(self._by_digest.get(records.digest_of(func), ()), target)
+        self.passed += refusals
+        if made is None and self.passed:
             raise StageError(
-                f"none of {len(refusals)} tuning records can be replayed, the first because: {refusals[0]}",
+                f"none of {len(self.passed)} tuning records can be replayed, the first because: {self.passed[0]}",
                 stage="apply",
                 subject="tuned",
                 hint="tune the operator again",
