@@ -252,8 +252,8 @@ class Built:
     profile: Profile | None
 
 
-def built(workspace: Workspace, pairs: list[tuple[str, Model]]) -> list[Built] | None:
-    """The models as they were last built, by this process or an earlier one; None where one of them is not, or would be
+def built(workspace: Workspace, pairs: list[tuple[str, Model]]) -> list[Built]:
+    """Those of the models that are built, as they were last, by this process or an earlier one: not those that would be
     built anew for another reason than that there are new tuning records. Does nothing, and needs no TVM."""
     import msgspec
 
@@ -268,10 +268,9 @@ def built(workspace: Workspace, pairs: list[tuple[str, Model]]) -> list[Built] |
             )
             continue
         plan = remembered_plan(target, model)
-        if plan is None or not known.is_built(target, model):
-            return None
-        kept = _values(f"profile:{target}:{model.name}").get("profile")
-        found.append(Built(target, model, plan, msgspec.convert(kept, Profile) if kept else None))
+        if plan is not None and known.is_built(target, model):
+            kept = _values(f"profile:{target}:{model.name}").get("profile")
+            found.append(Built(target, model, plan, msgspec.convert(kept, Profile) if kept else None))
     return found
 
 

@@ -640,6 +640,19 @@ def test_records_that_make_no_sense_are_named_and_the_best_of_the_others_is_buil
     idle(workspace)
 
 
+def test_a_model_that_cannot_be_built_keeps_no_other_from_being_tuned(workspace: WorkspaceFolder) -> None:
+    fill(workspace, "Relu")
+    workspace.write("broken.onnx", b"no model")
+    workspace.dodo(f'{NET},\nModel.onnx("broken", "broken.onnx"),')
+    night = tune(workspace)
+    assert night.done.code == 1
+    assert night.trials.total() > 0
+    assert "left out, as they could not be built: native:broken" in night.done.err
+    only = workspace.doit("tune", "-m", "broken")
+    assert only.code == 2
+    assert "no model could be built" in only.err
+
+
 # What one sees and says.
 
 

@@ -15,6 +15,8 @@ from pipeline.workspace import Part, Selection, Workspace, the_workspace
 from pipeline.workspace import jobs as usual_jobs
 
 if TYPE_CHECKING:
+    from pipeline.models import Model
+    from pipeline.tasks import Built
     from pipeline.tuning.ledger import Ledger
     from pipeline.tuning.night import Night
     from pipeline.tuning.operators import Left
@@ -66,8 +68,8 @@ Every finished batch is kept: it may be stopped at any time (Ctrl-C ends after t
 twice at once) and goes on from there. Nothing is measured twice. Every candidate is compared with
 the operator as it is before it may win.
 
-Exit code: 0 done, 1 given up, 2 the workspace or the machine is at fault, 3 nothing could be
-measured, 4 all candidates of some operator were wrong, 130 stopped.
+Exit code: 0 done, 1 given up, or some model could not be built, 2 the workspace or the machine is
+at fault, 3 nothing could be measured, 4 all candidates of some operator were wrong, 130 stopped.
 """
     cmd_options: tuple[dict[str, Any], ...] = (
         *(opt_target, opt_models, opt_budget, opt_trials, opt_top),
@@ -103,7 +105,8 @@ measured, 4 all candidates of some operator were wrong, 130 stopped.
             if plan:
                 return _show_plan(workspace, operators, left, terms)
             with _events(events) as stream:
-                return _run(workspace, operators, left, terms, jobs or usual_jobs(), stream)
+                code = _run(workspace, operators, left, terms, jobs or usual_jobs(), stream)
+                return code if code or self._is_whole else FAILED
         finally:
             workspace.stop()
             self.dep_manager.close()
@@ -117,15 +120,23 @@ measured, 4 all candidates of some operator were wrong, 130 stopped.
         if not pairs:
             raise TvmakeError("there is no model to tune", hint="write: Workspace(Model.onnx('name', 'model.onnx'))")
         built = tasks.built(workspace, pairs)
-        if built is None:
+        if len(built) < len(pairs):
             session = Session(self, workspace, self._selection, jobs)
             self._build(session)
             session.sum_up()
             workspace.build.memoizer.watcher = None  # from here on the night says what happens
             built = tasks.built(workspace, pairs)
-            if built is None:
-                raise TvmakeError("not every model could be built", hint="see what fails with: doit build")
+        missing = [f"{target}:{model.name}" for target, model in pairs if not _holds(built, target, model)]
+        if missing and not built:
+            raise TvmakeError("no model could be built", hint="see what fails with: doit build")
+        if missing:
+            print(f"left out, as they could not be built: {', '.join(missing)}; see: doit build", file=sys.stderr)
+        self._is_whole = not missing
         return local.operators(workspace, built, self._patterns)
+
+
+def _holds(built: Sequence[Built], target: str, model: Model) -> bool:
+    return any(each.target == target and each.model is model for each in built)
 
 
 def _seconds(budget: str) -> float | None:
