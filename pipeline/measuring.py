@@ -366,10 +366,18 @@ def _spoilt(array: Array) -> Array:
 def wait_for_quiet(limit: float) -> bool:
     """Waits, so many seconds at most, until other programs leave the machine alone; whether they do."""
     end = time.monotonic() + limit
-    while psutil.cpu_percent(_WINDOW) / 100 > _QUIET:
+    while _busy() > _QUIET:
         if time.monotonic() > end:
             return False
     return True
+
+
+def _busy() -> float:
+    """The share of the processors that this process may use which others use now."""
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    each: list[float] = psutil.cpu_percent(_WINDOW, percpu=True)
+    ours = [each[i] for i in usable if i < len(each)] if usable is not None else each
+    return sum(ours) / max(1, len(ours)) / 100
 
 
 def _timed(calls: Mapping[str, Callable[[], None]], budget: float, at: At) -> dict[str, tuple[float, float]]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _PATIENCE = 0.5  # seconds that callers wait for busy workers, all together, before another is started
 
 _LAST_WORDS = 8  # lines
+_FLEETING = "fleeting"
 
 
 _REUSED = (Home.COMPILER, Home.RUNNER)
@@ -44,14 +45,15 @@ _REUSED = (Home.COMPILER, Home.RUNNER)
 
 class Workers:
     """At most `limit` processes of each home that is used again, and as many that are not, working for the store at
-    `root`; `temporary` is where they make their temporary files, by default where this process does.
+    `root`, durably or not; `temporary` is where they make their temporary files, by default where this process does.
 
     Every method may be called from any thread.
     """
 
-    def __init__(self, root: Path, limit: int, temporary: Path | None = None) -> None:
+    def __init__(self, root: Path, limit: int, temporary: Path | None = None, *, durable: bool = True) -> None:
         self.limit = limit
         self._temporary = temporary
+        self._durable = durable
         self._root = root
         self._idle: dict[Home, list[_Worker]] = {home: [] for home in _REUSED}
         self._crews: dict[Home, set[_Worker]] = {home: set() for home in _REUSED}  # those that are used again
@@ -134,7 +136,7 @@ class Workers:
 
     def _start(self, home: Home) -> _Worker:
         try:
-            worker = _Worker(self._root, self._temporary)
+            worker = _Worker(self._root, self._temporary, self._durable)
         except OSError as error:
             hint = "free some memory, and see `ulimit -u` and `ulimit -n`"
             raise SetupError(f"a process cannot be started: {error.strerror}", hint=hint) from error
@@ -182,7 +184,7 @@ class Workers:
 class _Worker:
     """One child process and the pipe to it."""
 
-    def __init__(self, root: Path, temporary: Path | None) -> None:
+    def __init__(self, root: Path, temporary: Path | None, durable: bool) -> None:
         ours, theirs = Pipe()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         environment = dict(os.environ)
@@ -193,8 +195,9 @@ class _Worker:
         # The child finds this package where the parent found it, installed or not.
         package = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        said = [str(theirs.fileno()), str(root), *([] if durable else [_FLEETING])]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.workers", str(theirs.fileno()), str(root)],
+            [sys.executable, "-m", "pipeline.workers", *said],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -279,12 +282,12 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def serve(pipe: Connection, root: Path) -> None:
+def serve(pipe: Connection, root: Path, durable: bool) -> None:
     """A worker's life: take an action, perform it, answer, until the other end closes."""
     from pipeline.memoizer import perform
     from pipeline.store import Store
 
-    store = Store(root)
+    store = Store(root, durable=durable)
     while True:
         try:
             action, key, components = pickle.loads(pipe.recv_bytes())
@@ -326,4 +329,4 @@ if __name__ == "__main__":
     descriptor = int(sys.argv[1])
     os.set_inheritable(descriptor, False)
     threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
-    serve(Connection(descriptor), Path(sys.argv[2]))
+    serve(Connection(descriptor), Path(sys.argv[2]), durable=_FLEETING not in sys.argv)

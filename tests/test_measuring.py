@@ -5,6 +5,7 @@ They are small functions in C, each compiled in a tenth of a second: y = what BO
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -267,14 +268,16 @@ def test_times_are_those_of_the_functions(compiled: Callable[..., Contender]) ->
 
 
 def busy_for(monkeypatch: pytest.MonkeyPatch, looks: float) -> list[float]:
-    """Others use the machine for so many looks at it."""
+    """Others use the processors of this process for so many looks at it, and those of others afterwards."""
     looked: list[float] = []
 
-    def cpu_percent(interval: float) -> float:
+    def cpu_percent(interval: float, percpu: bool) -> list[float]:
         time.sleep(interval / 5)
         looked.append(interval)
-        return 100.0 if len(looked) <= looks else 5.0
+        ours = 100.0 if len(looked) <= looks else 5.0
+        return [ours if number in usable else 100.0 - ours for number in range(max(usable) + 2)]
 
+    usable = os.sched_getaffinity(0)
     monkeypatch.setattr(measuring.psutil, "cpu_percent", cpu_percent)
     return looked
 

@@ -30,18 +30,19 @@ def scratch_name() -> str:
 
 
 @contextlib.contextmanager
-def written_atomically(final: Path, scratch: Path) -> Iterator[BinaryIO]:
+def written_atomically(final: Path, scratch: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Opens a new file in the folder `scratch`; at the end of the block it stands at `final`, whole, or not at all.
 
-    Safe for any number of writers of one name: the last rename wins. A process that is killed leaves only a file in
-    `scratch`. Raises OSError as the system gives it, with nothing left behind.
+    With `sync` it outlives a power failure. Safe for any number of writers of one name: the last rename wins. A process
+    that is killed leaves only a file in `scratch`. Raises OSError as the system gives it, with nothing left behind.
     """
     temporary = scratch / scratch_name()
     try:
         with _new(temporary) as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
         os.chmod(temporary, 0o444)
         try:
             os.replace(temporary, final)

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.errors import StoreError, explain_os_error
 from pipeline.hashing import Digest
@@ -36,11 +37,14 @@ class Store:
     Safe for any number of processes at once. A blob or entry is visible whole or not at all, is verified on every
     read, and is set aside and counted when it fails, which the caller sees as a miss.
 
+    `durable`: what it holds outlives a power failure; not so where all is thrown away soon.
+
     Raises StoreError when the folder cannot be used at all: not a store, another format, no permission, no space.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, durable: bool = True) -> None:
         self.root = root
+        self.durable = durable
         self.counts = StoreCounts()
         self.sets = Sets(root, self.counts)
         self._scratch = root / "tmp"
@@ -53,7 +57,7 @@ class Store:
         digest = Digest.of(data)
         if not self.has(digest):
             path = self._blob(digest)
-            with self._explained(f"writing blob {digest}"), written_atomically(path, self._scratch) as stream:
+            with self._explained(f"writing blob {digest}"), self._written(path) as stream:
                 stream.write(data)
         self._verified.add(digest.hash)
         return digest
@@ -68,7 +72,7 @@ class Store:
         hasher, size = hashlib.sha256(), 0
         temporary = self._scratch / scratch_name()
         with self._explained("writing a blob"):
-            with written_atomically(temporary, self._scratch) as out:
+            with self._written(temporary) as out:
                 while chunk := read():
                     hasher.update(chunk)
                     size += len(chunk) if isinstance(chunk, bytes) else chunk.nbytes
@@ -128,7 +132,7 @@ class Store:
 
     def commit(self, key: str, entry: ActionEntry) -> None:
         """Records what an action made. Its blobs must be in the store already."""
-        with self._explained(f"writing entry {key[:12]}"), written_atomically(self._entry(key), self._scratch) as out:
+        with self._explained(f"writing entry {key[:12]}"), self._written(self._entry(key)) as out:
             out.write(entry.to_bytes(key))
 
     def lookup(self, key: str) -> ActionEntry | None:
@@ -206,6 +210,9 @@ class Store:
 
     def _not_a_folder(self) -> StoreError:
         return StoreError(f"{self.root}, or a part of it, is not a folder", hint="set TVMAKE_CACHE to a folder")
+
+    def _written(self, final: Path) -> contextlib.AbstractContextManager[BinaryIO]:
+        return written_atomically(final, self._scratch, self.durable)
 
     def _blob(self, digest: Digest) -> Path:
         return self.root / "cas" / digest.hash[:2] / digest.hash

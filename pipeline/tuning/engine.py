@@ -61,6 +61,7 @@ BASELINE = "baseline"
 TUNED = "tuned"
 _SEEDS, _OTHER_SEEDS = (0, 1), (2, 3, 4)
 _TIDY = 600.0  # seconds after which what was made of a candidate is of no use
+_LESSON = 40  # candidates of an operator that are learnt from together
 _LONGER = 8  # times as long as a trial is timed, a retest is
 _OUTCOMES = {
     Cause.WRONG: Outcome.WRONG,
@@ -115,17 +116,18 @@ class LocalEngine:
         self._taken: set[str] = set()  # blobs of the user's store that are in the scratch store
         self._tidied = time.time()
         self._models: dict[str, Digest] = {}  # by target: the cost model, in the scratch store
+        self._recent: dict[str, dict[str, Prepared]] = {}  # of each operator, the last batch and what was retested
         self._failing: set[tuple[str, str]] = set()  # operators by key, and spaces that failed for them
         self._learner = ThreadPoolExecutor(1)
+        self._unlearnt: dict[tuple[str, str], list[TrialRecord]] = {}  # by operator and space
         self._preparing = 0
 
     def _made_memoizer(self) -> Memoizer:
         from pipeline.workers import Workers
 
-        store = Store(self._scratch.folder)
-        return Memoizer(
-            store, Workers(store.root, self.workers, self._scratch.temporary), self._build.memoizer.toolchain
-        )
+        store = Store(self._scratch.folder, durable=False)
+        workers = Workers(store.root, self.workers, self._scratch.temporary, durable=False)
+        return Memoizer(store, workers, self._build.memoizer.toolchain)
 
     def now(self) -> float:
         """Unix time, as a clock that only goes forward."""
@@ -181,6 +183,7 @@ class LocalEngine:
         """What became of each candidate."""
         self._tidy()
         ready = list(batch.candidates.values())
+        self._recent[operator.key] = {each.candidate: each for each in ready}
         trials = self._tried(operator, ready, self._terms(operator))
         return [self._trial(operator, each, trials) for each in ready]
 
@@ -188,13 +191,20 @@ class LocalEngine:
         """The leader, and the winner that it would replace, timed longer and compared on other seeds."""
         best = standing.best.trial if standing.best is not None else leader
         named = {each.candidate: each for each in (leader, best)}
-        again = [self._remade(operator, trial) for trial in named.values()]
-        ready = [each for each in self._compiled(operator, again) if each.outcome is None]
+        ready = [each for each in self._at_hand(operator, list(named.values())) if each.outcome is None]
         if not ready:
             return []
         terms = self._terms(operator)
         trials = self._tried(operator, ready, Terms(_OTHER_SEEDS, terms.seconds * _LONGER, terms.patience))
         return [self._retested(operator, each, trials) for each in ready]
+
+    def _at_hand(self, operator: Operator, trials: Sequence[TrialRecord]) -> list[Prepared]:
+        """Candidates compiled: those of the last batch are, others are made again from their records."""
+        recent, has = self._recent.setdefault(operator.key, {}), self._memoizer.store.has
+        kept = {each.candidate: each for each in recent.values() if all(map(has, each.objects.values()))}
+        missing = [self._remade(operator, trial) for trial in trials if trial.candidate not in kept]
+        recent |= {each.candidate: each for each in self._compiled(operator, missing)}
+        return [recent[trial.candidate] for trial in trials]
 
     def _retested(self, operator: Operator, prepared: Prepared, trials: Mapping[str, Trial]) -> Record:
         trial, baseline = trials[prepared.candidate], trials[BASELINE]
@@ -210,10 +220,12 @@ class LocalEngine:
 
     def learn(self, operator: Operator, records: Sequence[Record]) -> None:
         """Has the cost model of the operator's target take in what was measured, while the night goes on."""
-        for space in {each.space for each in records if isinstance(each, TrialRecord)}:
-            if self._learns(operator, space):
-                measured = [each for each in records if isinstance(each, TrialRecord) and each.space == space]
-                self._learner.submit(self._learn, operator, space, measured)
+        for record in records:
+            if isinstance(record, TrialRecord) and self._learns(operator, record.space):
+                self._unlearnt.setdefault((operator.key, record.space), []).append(record)
+        for (key, space), measured in list(self._unlearnt.items()):
+            if key == operator.key and len(measured) >= _LESSON:
+                self._learner.submit(self._learn, operator, space, self._unlearnt.pop((key, space)))
 
     def _tidy(self) -> None:
         """Throws away what was made of candidates some time ago, but for what others are measured against."""

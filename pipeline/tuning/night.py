@@ -351,8 +351,8 @@ class Night:
         timed = [
             trial for trial in trials if trial.outcome is Outcome.TIMED and trial.candidate not in standing.retested
         ]
-        for leader in sorted(timed, key=ratio, reverse=True)[:_RETESTS]:
-            if ratio(leader) <= standing.gain * (1 + self._terms.noise):
+        for leader in sorted(timed, key=_sure_ratio, reverse=True)[:_RETESTS]:
+            if _sure_ratio(leader) <= standing.gain * (1 + self._terms.noise):
                 break
             self._tell_phase(operator, "retesting")
             again = self._add(operator, self._in_thread(self._engine.retest, operator, standing, leader))
@@ -571,6 +571,11 @@ def _about(operator: Operator) -> dict[str, Any]:
         "shapes": list(operator.workload.shapes),
         "target": operator.target,
     }
+
+
+def _sure_ratio(trial: TrialRecord) -> float:
+    """The ratio of a trial less what may be noise in it: what a retest is worth for."""
+    return ratio(trial) * (1 - min(trial.noise, 0.5))
 
 
 def _is_retest_of(record: Record, leader: TrialRecord) -> bool:
