@@ -433,6 +433,11 @@ def _error(ours: Array, theirs: Array) -> float:
     """max |y - r| / max |r|; infinite where one is not finite and the other is not the same."""
     if ours.dtype.kind not in "fcV" and "float" not in ours.dtype.name:
         return 0.0 if np.array_equal(ours, theirs) else float("inf")
+    if ours.dtype == np.float32 and ours.size:
+        with np.errstate(all="ignore"):
+            apart, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
+        if np.isfinite(apart) and np.isfinite(largest):  # so is every element
+            return float(apart) / max(float(largest), 1e-30)
     mine, other = ours.astype(np.float64), theirs.astype(np.float64)
     finite = np.isfinite(other)
     if not np.array_equal(mine[~finite], other[~finite], equal_nan=True) or not np.isfinite(mine[finite]).all():
