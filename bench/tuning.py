@@ -8,7 +8,6 @@ does befalls both. At each quarter of the time what either has found is set asid
 and all are timed in turn, together with onnxruntime:
 
     tvmake     order tuned, rules, default: as it is used; a record is taken where it beats the rules
-    records    the same records, and loops as they are where there is none
     stock      MetaSchedule's records, and loops as they are where there is none: as TVM applies them
     stock+     MetaSchedule's records or the rules, whichever is measured to be faster: the best to be made of them
 
@@ -183,7 +182,7 @@ def _built(place: Scratch, name: str) -> dict[str, Path]:
         shutil.rmtree(place.store / "sets", ignore_errors=True)
         if (kept / f"tvmake-{quarter}" / "sets").exists():
             shutil.copytree(kept / f"tvmake-{quarter}" / "sets", place.store / "sets")
-        found |= _at(place, name, quarter, {"tvmake": _KEYS["tvmake"], "records": 'order = ["tuned", "default"]\n'})
+        found |= _at(place, name, quarter, {"tvmake": _KEYS["tvmake"]})
         shutil.rmtree(place.store / "sets", ignore_errors=True)
         shutil.rmtree(place.folder / "stock", ignore_errors=True)
         shutil.copytree(kept / f"stock-{quarter}", place.folder / "stock")
@@ -220,7 +219,7 @@ def show(models: dict[str, Tuned], seconds: float) -> None:
     table(f"{seconds:g} s for each model and way", columns, rows)
     for name, tuned in models.items():
         shown = []
-        for way in ("tvmake", "records", "stock", "stock+"):
+        for way in ("tvmake", "stock", "stock+"):
             at = [tuned.figures.get(f"{way} {quarter}/4") for quarter in QUARTERS]
             shown.append((way, *(f"{1e3 * each.seconds:.3g}" if each else "—" for each in at)))
         before, base = tuned.figures["untuned"].seconds, tuned.figures[BASE].seconds
