@@ -435,7 +435,7 @@ def _error(ours: Array, theirs: Array) -> float:
         return 0.0 if np.array_equal(ours, theirs) else float("inf")
     if ours.dtype == np.float32 and ours.size:
         with np.errstate(all="ignore"):
-            apart, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
+            apart, largest = np.abs(np.subtract(ours, theirs)).max(), np.abs(theirs).max()
         if np.isfinite(apart) and np.isfinite(largest):  # so is every element
             return float(apart) / max(float(largest), 1e-30)
     mine, other = ours.astype(np.float64), theirs.astype(np.float64)
