@@ -55,7 +55,12 @@ class Target:
     @property
     def is_here(self) -> bool:
         """Whether what is built for it runs on this machine."""
-        return runs_here(self.attributes) and not missing_features(self.attributes)
+        return is_here(self.attributes)
+
+
+def is_here(attributes: Mapping[str, Any]) -> bool:
+    """Whether what is built for a target of these attributes runs on this machine."""
+    return runs_here(attributes) and not missing_features(attributes)
 
 
 @dataclass(frozen=True)

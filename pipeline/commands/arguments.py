@@ -8,6 +8,16 @@ import itertools
 
 from doit.cmd_base import Command
 
+# Of commands that look at what is there.
+opt_target = {
+    "name": "targets",
+    "short": "t",
+    "long": "target",
+    "type": list,
+    "default": [],
+    "help": "for this target only; may be given several times",
+}
+
 
 class OptionsAnywhere(Command):
     """A command that takes options wherever they stand, also after the names of models."""

@@ -11,7 +11,7 @@ import msgspec
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere
+from pipeline.commands.arguments import OptionsAnywhere, opt_target
 from pipeline.commands.build import counted
 from pipeline.errors import ConfigError, TvmakeError
 from pipeline.tasks import remembered_plan
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 OK, NOTHING, ERROR, INTERRUPTED = 0, 1, 2, 130
 
 opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "list as JSON"}
-opt_target = {
-    "name": "targets",
-    "short": "t",
-    "long": "target",
-    "type": list,
-    "default": [],
-    "help": "for this target only; may be given several times",
-}
 
 
 class Records(OptionsAnywhere, DoitCmdBase):

@@ -9,7 +9,7 @@ import msgspec
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere
+from pipeline.commands.arguments import OptionsAnywhere, opt_target
 from pipeline.errors import TvmakeError
 from pipeline.types import Profile
 from pipeline.workspace import Selection, selecting, the_workspace
@@ -17,14 +17,6 @@ from pipeline.workspace import Selection, selecting, the_workspace
 OK, NOTHING, ERROR = 0, 1, 2
 
 opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "print JSON instead"}
-opt_target = {
-    "name": "targets",
-    "short": "t",
-    "long": "target",
-    "type": list,
-    "default": [],
-    "help": "for this target only; may be given several times",
-}
 
 
 class Report(OptionsAnywhere, DoitCmdBase):

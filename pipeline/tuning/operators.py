@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compiler import search, strategies
-from pipeline.composition import space_of
+from pipeline.composition import is_here, space_of
 from pipeline.config import TargetFile
-from pipeline.platforms import runs_here
-from pipeline.processor import device, missing_features
+from pipeline.processor import device
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.scheduler import Operator
 from pipeline.types import Manifest, Plan, Profile, Workload
@@ -89,7 +88,7 @@ def _seconds(model: Model, workload: Workload) -> float:
 
 def _why_none(model: Model) -> str:
     """Why tuning would change nothing for any operator of a model; "" where it may."""
-    if not (runs_here(model.attributes) and not missing_features(model.attributes)):
+    if not is_here(model.attributes):
         return "the target's device is not here"
     if _TUNED not in model.file.order:
         return f'"tuned" is not in the order of targets/{model.target}.toml'
