@@ -373,7 +373,7 @@ class LocalEngine:
                 objects = {f"{prepared.symbol}.o": self._codegen(operator, functions["function"], prepared.symbol)}
                 for packed in prepared.packed:
                     symbol = symbol_of(packed.function.hash)
-                    objects[f"{symbol}.o"] = self._codegen(operator, packed.function, symbol)
+                    objects[f"{symbol}.o"] = self._codegen(operator, packed.function, symbol, hasty=True)
             except StageError as error:
                 return self._not_built(prepared, error)
             return replace(prepared, objects=objects)
@@ -390,8 +390,12 @@ class LocalEngine:
             return replace(prepared, outcome=outcome, said=f"build: {first_line(error)}")
         return replace(prepared, outcome=Outcome.NOT_BUILT, said=first_line(error))
 
-    def _codegen(self, operator: Operator, function: Digest, symbol: str) -> Digest:
-        options: dict[str, object] = {"symbol": symbol, "target": self._build.target(operator.target).attributes}
+    def _codegen(self, operator: Operator, function: Digest, symbol: str, hasty: bool = False) -> Digest:
+        """The object of a function; `hasty`: unoptimised, for what is run once and never timed."""
+        attributes = self._build.target(operator.target).attributes
+        if hasty and attributes["kind"] == "llvm":
+            attributes = {**attributes, "opt-level": 0}
+        options: dict[str, object] = {"symbol": symbol, "target": attributes}
         return self._run_stage(stages.CODEGEN, operator, {"function": function}, options).outputs["object"]
 
     def _run_stage(
