@@ -8,7 +8,9 @@
     ├── StageError           a stage failed for one operator or one model
     │   ├── WorkerDiedError  the process that ran it died
     │   └── CheckError       the artifact and the reference disagree
+    ├── NotBuiltError        a stage would have to run, where nothing may
     ├── StoreError           the store cannot be used as it is: format, permissions, space
+    │   └── RemoteError      a remote store does not do its part; `trouble` tells why
     └── ArtifactError        a built artifact cannot be loaded or called
 
 An error is a sentence about what is wrong and, where there is one, a `hint`: what to type or change next.
@@ -16,6 +18,7 @@ An error is a sentence about what is wrong and, where there is one, a `hint`: wh
 
 from __future__ import annotations
 
+import enum
 import errno
 
 
@@ -69,6 +72,10 @@ class StageError(TvmakeError):
         self.key = key
 
 
+class NotBuiltError(TvmakeError):
+    """A stage would have to run for what was asked, where only what is stored may be looked at."""
+
+
 class WorkerDiedError(StageError):
     """The process that ran a stage died: a signal, memory, or a crash of the compiler. `timed_out` where it was stopped
     because it took too long."""
@@ -82,6 +89,23 @@ class CheckError(StageError):
 
 class StoreError(TvmakeError):
     """The store cannot be used as it is."""
+
+
+class Trouble(enum.Enum):
+    """Why a remote does not do its part."""
+
+    AWAY = "away"  # no connection, no answer in time, a connection that broke, an error of the server's own
+    REFUSED = "refused"  # it wants other credentials, or forbids what was asked
+    GARBLED = "garbled"  # an answer that its protocol does not have
+    FULL = "full"  # no space, or the blob is larger than it takes
+
+
+class RemoteError(StoreError):
+    """A remote store does not do its part. The message names the remote, without credentials."""
+
+    def __init__(self, message: str, *, trouble: Trouble = Trouble.AWAY, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.trouble = trouble
 
 
 class ArtifactError(TvmakeError):

@@ -1,0 +1,111 @@
+"""Whether a remote is there: asked again from time to time, and complained of once.
+
+    answers ──AWAY──▶ left alone for 5 s, then 10, 20, … 60 ──an answer──▶ answers
+            ──REFUSED──▶ not read, or not written, any more in this process
+            ──FULL, three times in a row──▶ not written any more: one blob may be too large and others not
+
+While a remote is left alone nobody waits for it. Whoever is in a call when it goes away ends within the terms of that
+call; the first tells, the others keep quiet.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable
+
+from pipeline.errors import RemoteError, Trouble
+
+_FIRST, _LONGEST = 5.0, 60.0  # seconds that a remote is left alone
+_GARBLED = 8  # answers in a row that are none, after which nothing is believed any more
+_FULL = 3  # refusals in a row for want of room, after which nothing is sent any more
+
+
+class Way(enum.Enum):
+    """What a remote is asked to do."""
+
+    READ = "reading from"
+    WRITE = "writing to"
+
+
+class Availability:
+    """What is known of one remote. Every method may be called from any thread.
+
+    `say` is told, in a sentence, when the remote goes away, comes back, or is not used any more.
+    """
+
+    def __init__(self, name: str, say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
+        self._name = name
+        self._say = say
+        self._now = now
+        self._lock = threading.Lock()
+        self._until = 0.0  # when it may be asked again
+        self._pause = 0.0
+        self._probing = False  # whether somebody asks whether it is back
+        self._garbled = self._full = 0
+        self._closed: set[Way] = set()
+        self._told: set[str] = set()  # complaints
+
+    def may(self, way: Way) -> bool:
+        """Whether the remote may be asked now. Of many threads that ask after a pause one is let through at a time."""
+        with self._lock:
+            if way in self._closed or self._now() < self._until:
+                return False
+            if self._pause:
+                if self._probing:
+                    return False
+                self._probing = True
+            return True
+
+    def is_closed(self, way: Way) -> bool:
+        """Whether the remote is not used that way any more, so that to wait for it is of no use."""
+        with self._lock:
+            return way in self._closed
+
+    def answered(self) -> None:
+        """It did what it was asked to do, or said that it has nothing."""
+        with self._lock:
+            was_away = self._pause > 0
+            self._pause, self._until, self._probing, self._garbled, self._full = 0.0, 0.0, False, 0, 0
+        if was_away:
+            self._say(f"the remote {self._name} answers again")
+
+    def failed(self, way: Way, error: RemoteError) -> None:
+        """It did not do its part. One that fails while others wait is told of once."""
+        with self._lock:
+            self._probing = False
+            if error.trouble is Trouble.AWAY:
+                first = self._pause == 0
+                if self._now() >= self._until:  # those that were in a call when it went away count as one
+                    self._pause = min(_LONGEST, self._pause * 2) if self._pause else _FIRST
+                    self._until = self._now() + self._pause
+                told = first
+            elif error.trouble is Trouble.GARBLED:
+                self._garbled += 1
+                told = self._garbled == _GARBLED and way not in self._closed
+                if told:
+                    self._closed.add(way)
+            elif error.trouble is Trouble.FULL:
+                self._full += 1
+                told = self._full == 1
+                if self._full == _FULL:
+                    self._closed.add(way)
+            else:
+                told = way not in self._closed
+                self._closed.add(way)
+        if told and (error.trouble is Trouble.AWAY or error.message not in self._told):
+            self._told.add(error.message)
+            self._say(_complaint(error, way))
+
+
+def _complaint(error: RemoteError, way: Way) -> str:
+    # With a hint of the remote's own there is more to say than what becomes of the build.
+    hint = f"\n  → {error.hint}" if error.hint else ""
+    if error.trouble is Trouble.AWAY:
+        return f"{error.message}; going on without it until it answers again{hint}"
+    if error.trouble is Trouble.GARBLED:
+        return f"{error.message}; {_GARBLED} answers in a row make no sense: it is left alone{hint}"
+    if error.trouble is Trouble.FULL:
+        return f"{error.message}; what does not fit stays here{hint}"
+    return f"{error.message}; no more {way.value} it in this run{hint}"

@@ -1,0 +1,338 @@
+"""The remote behind a store: what comes from it is whole and right, or it is a miss."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RemoteError, Trouble
+from pipeline.hashing import Digest, key_of
+from pipeline.remotes import open_remote, results, trust
+from pipeline.remotes.cache import RemoteCache
+from pipeline.remotes.contract import Remote
+from pipeline.remotes.settings import Policy
+from pipeline.store import ActionEntry, Store
+
+KEY = key_of({"stage": "codegen", "of": "matmul"})
+
+
+class Faulty:
+    """A real remote with faults put in its way: `fault` is asked before each call, by the call's name."""
+
+    def __init__(self, remote: Remote, fault: Callable[[str], None]) -> None:
+        self._remote = remote
+        self._fault = fault
+        self.name = remote.name
+
+    def action(self, key: str) -> bytes | None:
+        self._fault("action")
+        return self._remote.action(key)
+
+    def put_action(self, key: str, document: bytes) -> None:
+        self._fault("put_action")
+        self._remote.put_action(key, document)
+
+    def blob(self, digest: Digest) -> Iterator[bytes] | None:
+        self._fault("blob")
+        return self._remote.blob(digest)
+
+    def put_blob(self, digest: Digest, path: Path) -> None:
+        self._fault("put_blob")
+        self._remote.put_blob(digest, path)
+
+    def missing(self, digests: Collection[Digest]) -> set[Digest]:
+        self._fault("missing")
+        return self._remote.missing(digests)
+
+    def close(self) -> None:
+        self._remote.close()
+
+
+class Machine:
+    """A store of its own behind one shared folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shared: Path,
+        policy: Policy = Policy.READ_WRITE,
+        fault: Callable[[str], None] | None = None,
+        **trusting: object,
+    ) -> None:
+        self.store = Store(folder)
+        self.said: list[str] = []
+        remote = open_remote(shared.as_uri())
+        faulty = Faulty(remote, fault) if fault else remote
+        self.cache = RemoteCache(self.store, faulty, policy, self.said.append, **trusting)  # type: ignore[arg-type]
+
+    def make(self, key: str = KEY, *contents: bytes) -> ActionEntry:
+        outputs = {f"o{i}": self.store.put(data) for i, data in enumerate(contents or (b"code", b"x" * 5000))}
+        entry = ActionEntry("codegen", {"stage": "codegen"}, outputs, 1.0)
+        self.store.commit(key, entry)
+        self.cache.publish(key, entry)
+        return entry
+
+    def finish(self) -> Machine:
+        self.cache.finish()
+        return self
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def one(tmp_path: Path, shared: Path) -> Machine:
+    return Machine(tmp_path / "one", shared)
+
+
+@pytest.fixture
+def other(tmp_path: Path, shared: Path) -> Machine:
+    return Machine(tmp_path / "other", shared)
+
+
+def test_what_one_machine_made_another_has(one: Machine, other: Machine) -> None:
+    entry = one.make()
+    one.finish()
+    assert other.cache.find(KEY) == entry
+    assert other.store.lookup(KEY) == entry, "it is in the local store, with its blobs"
+    assert other.cache.counts.fetched == {"codegen": 1}
+    assert other.cache.counts.received == 5004
+    assert one.cache.counts.sent == 5004
+    assert other.cache.find(key_of({"x": 1})) is None
+    assert other.cache.counts.misses == 1
+    assert not one.said + other.said
+
+
+def test_only_what_is_missing_is_sent(one: Machine, other: Machine) -> None:
+    one.make(KEY, b"same", b"first")
+    one.finish()
+    other.make(key_of({"x": 1}), b"same", b"second")
+    other.finish()
+    assert other.cache.counts.sent == len(b"second")
+
+
+def test_what_is_here_is_not_fetched(one: Machine, other: Machine) -> None:
+    one.make(KEY, b"same", b"first")
+    one.finish()
+    other.store.put(b"same")
+    assert other.cache.find(KEY) is not None
+    assert other.cache.counts.received == len(b"first")
+
+
+def test_many_entries_come_at_once(one: Machine, other: Machine) -> None:
+    made = {key_of({"i": i}): one.make(key_of({"i": i}), b"%d" % i, b"shared") for i in range(100)}
+    one.finish()
+    said = {key: one.cache.signed(key, entry).said for key, entry in made.items()}
+    assert other.cache.fetch(said) == 100
+    assert all(other.store.lookup(key) == entry for key, entry in made.items())
+    assert other.cache.fetch(said) == 0, "all are here"
+
+
+def test_what_is_expected_is_not_asked_for(tmp_path: Path, shared: Path, one: Machine) -> None:
+    entry = one.make()
+    one.finish()
+    calls: list[str] = []
+    other = Machine(tmp_path / "other", shared, fault=calls.append)
+    other.cache.expect({KEY: one.cache.signed(KEY, entry).said})
+    assert other.cache.find(KEY) == entry
+    assert set(calls) == {"blob"}
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_a_policy_is_kept(tmp_path: Path, shared: Path, one: Machine, policy: Policy) -> None:
+    one.make()
+    one.finish()
+    calls: list[str] = []
+    other = Machine(tmp_path / "other", shared, policy, calls.append)
+    assert (other.cache.find(KEY) is not None) == policy.reads
+    other.make(key_of({"x": 1}), b"new")
+    other.finish()
+    assert bool({"put_blob", "put_action"}.intersection(calls)) == policy.writes
+    assert bool({"action", "blob"}.intersection(calls)) == policy.reads
+
+
+def tampered(path: Path, how: str, others: list[Path]) -> None:
+    path.chmod(0o644)
+    data = path.read_bytes()
+    match how:
+        case "flipped":
+            path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        case "truncated":
+            path.write_bytes(data[:-1])
+        case "longer":
+            path.write_bytes(data + b"!")
+        case "empty":
+            path.write_bytes(b"")
+        case "html":
+            path.write_bytes(b"<html><body>please log in</body></html>")
+        case "swapped":
+            path.write_bytes(others[0].read_bytes())
+        case "removed":
+            path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "longer", "empty", "html", "swapped", "removed"])
+def test_whatever_is_done_to_a_remote_nothing_wrong_comes_from_it(
+    tmp_path: Path, shared: Path, one: Machine, how: str
+) -> None:
+    one.make(KEY, b"code", b"x" * 5000)
+    one.make(key_of({"x": 1}), b"others")
+    one.finish()
+    files = [path for kind in ("ac", "cas") for path in sorted((shared / kind).iterdir())]
+    assert len(files) == 5
+    for i, path in enumerate(files):
+        before = path.read_bytes()
+        tampered(path, how, [other for other in files if other is not path])
+        machine = Machine(tmp_path / f"m{i}", shared)
+        for key in (KEY, key_of({"x": 1})):
+            found = machine.cache.find(key)
+            assert found == machine.store.lookup(key)
+            if found is not None:
+                assert found == one.store.lookup(key)
+        assert machine.cache.counts.hits == 1, "the other action is as it was"
+        path.unlink(missing_ok=True)
+        path.write_bytes(before)
+
+
+def test_an_entry_without_one_of_its_blobs_is_a_miss(shared: Path, one: Machine, other: Machine) -> None:
+    entry = one.make()
+    one.finish()
+    (shared / "cas" / entry.outputs["o1"].hash).unlink()
+    assert other.cache.find(KEY) is None
+    assert other.store.lookup(KEY) is None
+    assert other.cache.counts.incomplete == 1
+    other.make()
+    other.finish()
+    assert (shared / "cas" / entry.outputs["o1"].hash).exists(), "who makes it again mends the remote"
+
+
+def test_an_entry_moved_to_another_key_is_refused(shared: Path, one: Machine, other: Machine) -> None:
+    one.make()
+    one.finish()
+    wanted = key_of({"stage": "codegen", "of": "conv2d"})
+    (shared / "ac" / wanted).write_bytes((shared / "ac" / KEY).read_bytes())
+    assert other.cache.find(wanted) is None
+    assert other.cache.counts.garbled == 1
+
+
+def test_a_blob_larger_than_the_disk_is_not_fetched(shared: Path, one: Machine, other: Machine) -> None:
+    entry = one.make()
+    one.finish()
+    huge = replace(entry, outputs={"o0": Digest(entry.outputs["o0"].hash, 1 << 60)})
+    document = results.to_document(results.Result(huge, huge.to_bytes(KEY)))
+    (shared / "ac" / KEY).unlink()
+    (shared / "ac" / KEY).write_bytes(document)
+    assert other.cache.find(KEY) is None
+    assert "room" in other.said[0]
+
+
+def test_with_signatures_required_only_signed_entries_come(tmp_path: Path, shared: Path, one: Machine) -> None:
+    signer, stranger = (trust.signer(path) for path in map(made_key, (tmp_path / "a.pem", tmp_path / "b.pem")))
+    unsigned, signed, foreign = (key_of({"i": i}) for i in range(3))
+    one.make(unsigned)
+    one.finish()
+    for key, by in ((signed, signer), (foreign, stranger)):
+        machine = Machine(tmp_path / key[:8], shared, signer=by)
+        machine.make(key)
+        machine.finish()
+    careful = Machine(tmp_path / "careful", shared, trust=trust.trusting([signer.public], required=True))
+    assert careful.cache.find(signed) is not None
+    assert careful.cache.find(unsigned) is None
+    assert careful.cache.find(foreign) is None
+    assert careful.cache.counts.unsigned == 2
+    assert len(careful.said) == 1
+    (shared / "ac" / foreign).unlink()
+    (shared / "ac" / foreign).write_bytes((shared / "ac" / signed).read_bytes())
+    assert careful.cache.find(foreign) is None, "signed, but for another key"
+
+
+def made_key(path: Path) -> Path:
+    trust.new_key(path)
+    return path
+
+
+def away(what: str) -> None:
+    raise RemoteError("the remote does not answer", trouble=Trouble.AWAY)
+
+
+def test_a_remote_that_is_away_costs_one_question(tmp_path: Path, shared: Path) -> None:
+    calls: list[str] = []
+
+    def fault(what: str) -> None:
+        calls.append(what)
+        away(what)
+
+    machine = Machine(tmp_path / "m", shared, fault=fault)
+    assert all(machine.cache.find(key_of({"i": i})) is None for i in range(50))
+    machine.make()
+    machine.finish()
+    assert len(calls) == 1
+    assert machine.cache.counts.errors == 1
+    assert machine.cache.counts.dropped == 1
+    assert [said.partition(";")[0] for said in machine.said[:1]] == ["the remote does not answer"]
+    assert "doit cache push" in machine.said[-1]
+
+
+def test_credentials_that_may_only_read_still_read(tmp_path: Path, shared: Path, one: Machine) -> None:
+    one.make()
+    one.finish()
+
+    def fault(what: str) -> None:
+        if what.startswith("put"):
+            raise RemoteError("the remote wants a password", trouble=Trouble.REFUSED)
+
+    machine = Machine(tmp_path / "m", shared, fault=fault)
+    machine.make(key_of({"x": 1}), b"mine")
+    machine.finish()
+    machine.make(key_of({"x": 2}), b"mine too")
+    machine.finish()
+    assert machine.cache.find(KEY) is not None
+    assert sum("password" in said for said in machine.said) == 1
+
+
+def test_blobs_are_there_before_the_entry_that_names_them(tmp_path: Path, shared: Path) -> None:
+    calls: list[str] = []
+    machine = Machine(tmp_path / "m", shared, fault=calls.append)
+    machine.make()
+    machine.finish()
+    assert calls.index("put_action") > max(i for i, call in enumerate(calls) if call == "put_blob")
+
+    def no_blobs(what: str) -> None:
+        if what == "put_blob":
+            away(what)
+
+    other = Machine(tmp_path / "n", shared, fault=no_blobs)
+    other.make(key_of({"x": 1}), b"never sent")
+    other.finish()
+    assert not (shared / "ac" / key_of({"x": 1})).exists()
+
+
+def test_threads_that_ask_at_once_all_get_it(one: Machine, other: Machine) -> None:
+    made = {key_of({"i": i}): one.make(key_of({"i": i}), b"%d" % i * 100, b"shared") for i in range(20)}
+    one.finish()
+    found: list[bool] = []
+
+    def ask() -> None:
+        found.extend(other.cache.find(key) == entry for key, entry in made.items())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 160
+
+
+def test_closing_drops_what_was_not_sent(tmp_path: Path, shared: Path) -> None:
+    stop = threading.Event()
+    machine = Machine(tmp_path / "m", shared, fault=lambda what: stop.wait(10) and None)
+    machine.make()
+    machine.cache.close()
+    stop.set()
+    machine.cache.close()
