@@ -11,24 +11,26 @@ is remembered while the build lives. Every method may be called from any thread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
 
-from pipeline import artifact, stages
+from pipeline import artifact, closures, stages
 from pipeline.assembly import Assembly, Linked, Object
 from pipeline.composition import Composition, Target, names
 from pipeline.config import load_target
 from pipeline.dispatch import Dispatcher, Run
-from pipeline.errors import CheckError, ConfigError
-from pipeline.hashing import Digest
+from pipeline.errors import CheckError, ConfigError, ModelError
+from pipeline.hashing import Digest, key_of
 from pipeline.memoizer import Action, Memoizer
+from pipeline.modelfiles import ModelFile, is_within
 from pipeline.models import Model
 from pipeline.platforms import is_source
 from pipeline.processor import device
@@ -181,24 +183,51 @@ class Build:
         return attributes, self.memoizer.blob(entry.outputs["llvm"]).decode()
 
     def _read(self, model: Model) -> ModelSource:
-        options: dict[str, object] = {
-            "kind": model.kind,
-            "shapes": {name: list(shape) for name, shape in model.shapes.items()},
+        entry, files = self._read_file(model) if isinstance(model.source, Path) else self._read_made(model)
+        specs = msgspec.json.decode(self.memoizer.blob(entry.outputs["weights"]), type=tuple[TensorSpec, ...])
+        weights = tuple(Weight(spec, entry.outputs[f"w{i}"]) for i, spec in enumerate(specs))
+        cases = tuple(entry.outputs[f"case{i}"] for i in range(sum(name.startswith("case") for name in entry.outputs)))
+        self._once(("files", model.name), lambda: files)
+        return ModelSource(ModelKind(model.kind), entry.outputs["skeleton"], weights, cases)
+
+    def _read_made(self, model: Model) -> tuple[ActionEntry, list[Path]]:
+        """What a function of the user's makes, and the files that it depended on."""
+        assert not isinstance(model.source, Path)
+        options = {**self._reading(model), **self._places(model), "function": pickled(model.source)}
+        entry = self.memoizer.run(Action(stages.READ, model.name, options=options))
+        return entry, [Path(name) for name in json.loads(self.memoizer.blob(entry.outputs["files"]))]
+
+    def _read_file(self, model: Model) -> tuple[ActionEntry, list[Path]]:
+        """What a file holds, and the files that were read."""
+        entry, files = self._read_files(model, ())
+        if beside := json.loads(self.memoizer.blob(entry.outputs["beside"])):
+            entry, files = self._read_files(model, beside)
+        return entry, files
+
+    def _read_files(self, model: Model, beside: Sequence[str]) -> tuple[ActionEntry, list[Path]]:
+        assert isinstance(model.source, Path)
+        cases = tuple(self.folder / case for case in model.cases)
+        seen = ModelFile(self.folder / model.source, cases, tuple(filter(is_within, beside)))
+        places: dict[str, object] = {**self._places(model), "path": str(seen.path)}
+        try:
+            places["looks"] = seen.looks()
+            options = {**self._reading(model), **seen.content()}
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            said = f"there is no file {error.filename}" if missing else f"{error.filename} cannot be read"
+            raise ModelError(said, hint="check the path in dodo.py" if missing else f"{error.strerror}") from error
+        action = Action(stages.READ_FILE, model.name, options=options, places=places)
+        return self.memoizer.run(action), seen.files()
+
+    def _reading(self, model: Model) -> dict[str, object]:
+        return {"kind": model.kind, "shapes": {name: list(shape) for name, shape in model.shapes.items()}}
+
+    def _places(self, model: Model) -> dict[str, object]:
+        return {
             "cases": [str(self.folder / case) for case in model.cases],
             # A worker finds the modules that dodo.py finds: those beside it, and where it looked itself.
             "import path": [str(self.folder), *sys.path],
         }
-        if isinstance(model.source, Path):
-            options["path"] = str(self.folder / model.source)
-        else:
-            options["function"] = pickled(model.source)
-        entry = self.memoizer.run(Action(stages.READ, model.name, options=options))
-        specs = msgspec.json.decode(self.memoizer.blob(entry.outputs["weights"]), type=tuple[TensorSpec, ...])
-        weights = tuple(Weight(spec, entry.outputs[f"w{i}"]) for i, spec in enumerate(specs))
-        cases = tuple(entry.outputs[f"case{i}"] for i in range(sum(name.startswith("case") for name in entry.outputs)))
-        files = [Path(name) for name in json.loads(self.memoizer.blob(entry.outputs["files"]))]
-        self._once(("files", model.name), lambda: files)
-        return ModelSource(ModelKind(model.kind), entry.outputs["skeleton"], weights, cases)
 
     def extract_action(self, target: str, model: Model) -> Action:
         source = self.source(model)
@@ -216,6 +245,7 @@ class Build:
         return Action(stages.EXTRACT, f"{target}:{model.name}", {"skeleton": source.skeleton}, options)
 
     def _extract(self, target: str, model: Model) -> tuple[Plan, dict[str, Digest]]:
+        self._fetch(target, model)
         entry = self.memoizer.run(self.extract_action(target, model))
         outputs = dict(entry.outputs)
         self._once(("extracted", target, model.name), lambda: outputs)
@@ -359,7 +389,60 @@ class Build:
         )
         folder = self.folder / "artifacts" / target / model.name
         artifact.publish(self.memoizer.store, draft, folder)
+        self._share(target, model)
         return folder
+
+    # what other machines have done already
+
+    def closure(self, target: str, model: Model) -> dict[str, tuple[str, ActionEntry]]:
+        """The actions of an artifact that was asked for, by key: what a person calls each, and its entry."""
+        own = {model.name, f"{target}:{model.name}"}
+        own |= {f"{target}:{workload.label}" for workload in self.plan(target, model).workloads}
+        others = {
+            name for kind, name in (question[:2] for question in self._asked if len(question) > 1) if kind == "source"
+        }
+        # What belongs to no target is a target itself, a library's calls, a file of the workspace; or another model.
+        return self.memoizer.asked(lambda subject: subject in own or (":" not in subject and subject not in others))
+
+    def found(self, target: str, model: Model) -> dict[str, tuple[str, ActionEntry]]:
+        """The closure of an artifact that was built before, by this machine or another; nothing is run for it but
+        functions of the user's that make a model. Raises NotBuiltError where some of it is nowhere."""
+        self.memoizer.may_run = False
+        try:
+            self.profile(target, model)
+            with contextlib.suppress(CheckError):
+                self.reference(target, model)
+            return self.closure(target, model)
+        finally:
+            self.memoizer.may_run = True
+
+    def closure_keys(self, target: str, model: Model) -> tuple[str, str]:
+        """Where a remote has the closure: see pipeline.closures."""
+        attributes = self.target(target).attributes
+        return closures.keys(self.source(model), attributes, self.memoizer.toolchain, model.name, target)
+
+    def _fetch(self, target: str, model: Model) -> None:
+        """Has the store hold what others did for this artifact, where a remote knows it and the store does not."""
+        remote, store = self.memoizer.remote, self.memoizer.store
+        if remote is None or not remote.policy.reads:
+            return
+        extract = key_of(self.extract_action(target, model).components(self.memoizer.toolchain))
+        if store.lookup(extract) is not None:
+            return
+        content, name = self.closure_keys(target, model)
+        if (same := closures.ask(remote, store, content)) is not None:
+            remote.fetch(same.said)
+        elif (called := closures.ask(remote, store, name)) is not None:
+            remote.expect(called.said)
+
+    def _share(self, target: str, model: Model) -> None:
+        """Tells others what this artifact was made of, where some of it was made here."""
+        remote = self.memoizer.remote
+        if remote is None or not remote.policy.writes:
+            return
+        found = self.closure(target, model)
+        if any(map(self.memoizer.has_run, found)):
+            closures.publish(remote, self.memoizer.store, found, self.closure_keys(target, model))
 
     def _is_done(self, question: tuple[object, ...]) -> bool:
         asked = self._asked.get(question)

@@ -37,7 +37,7 @@ from typing import IO
 
 from pipeline import toolchain
 from pipeline.compiler.libraries import LIBRARIES, Library
-from pipeline.errors import StoreError, TvmakeError
+from pipeline.errors import RemoteError, StoreError, TvmakeError
 from pipeline.processor import missing_features
 from pipeline.store import Store, default_root
 
@@ -198,6 +198,25 @@ def quarantine() -> Finding:
     return _ok("nothing in the store was found damaged")
 
 
+def remote() -> Finding:
+    """Asks the remote that a build here would use for an entry that nobody has."""
+    from pipeline.remotes import Terms, open_remote
+    from pipeline.remotes.settings import load
+
+    settings = load(Path.cwd())
+    if not settings.uses_remote or settings.url is None:
+        return _ok("none is used: only this machine has what is built here")
+    opened = open_remote(settings.url, Terms(settings.connect, settings.stall, settings.secrets or {}))
+    begun = time.monotonic()
+    try:
+        opened.action(secrets.token_hex(32))
+        return _ok(f"{opened.name} answers in {1e3 * (time.monotonic() - begun):.0f} ms; policy {settings.policy}")
+    except RemoteError as error:
+        return _warning(error.message, error.hint or "builds go on without it; see whether the server runs")
+    finally:
+        opened.close()
+
+
 def temporary_files() -> Finding:
     folder, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
     with tempfile.TemporaryFile() as stream:
@@ -327,6 +346,7 @@ CHECKS = (
     Check(store, hint=_OTHER_STORE),
     Check(store_disk, hint=_OTHER_STORE),
     Check(quarantine, hint=_OTHER_STORE),
+    Check(remote, hint="see docs/caches.md"),
     Check(temporary_files, hint=_TMPDIR),
     Check(lambda: _optional("onnx", "read ONNX models", "onnx"), name="onnx"),
     Check(lambda: _optional("onnxsim", "simplify ONNX models", "onnx"), name="onnxsim"),

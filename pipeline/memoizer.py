@@ -1,9 +1,10 @@
 """The one place where a stage becomes a cached one: key, look up, run, store.
 
     key      named components: stage, version, inputs by digest, options, and for binaries the tools
-    look up  an entry all of whose blobs are there and whole is a hit
+    look up  an entry all of whose blobs are there and whole is a hit; a remote, where there is one, is asked next
     run      under a lock, so that two builds at once do not do the same work; in a process that may die
-    store    blobs first, the entry last, by the process that ran the stage: what is done stays done
+    store    blobs first, the entry last, by the process that ran the stage: what is done stays done; a remote gets
+             them behind the work
 
 Every method may be called from any thread.
 """
@@ -13,30 +14,33 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.errors import ArtifactError, StageError, TvmakeError
+from pipeline.errors import ArtifactError, NotBuiltError, StageError, TvmakeError
 from pipeline.hashing import Digest, key_of
 from pipeline.stages import Home, Inputs, Kind, Stage
 from pipeline.store import ActionEntry, Store
 
 if TYPE_CHECKING:
+    from pipeline.remotes.cache import RemoteCache
     from pipeline.toolchain import Toolchain
     from pipeline.workers import Workers
 
 
 @dataclass(frozen=True)
 class Action:
-    """One stage on given inputs. `subject` is what a person calls it; it never enters the key."""
+    """One stage on given inputs. `subject` is what a person calls it, and `places` say where this machine has what the
+    stage reads outside of the store: neither enters the key."""
 
     stage: Stage
     subject: str
     inputs: Mapping[str, Digest] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
     timeout: float = 1800.0  # seconds; what takes longer is stopped. Not in the key either
+    places: Mapping[str, object] = field(default_factory=dict)  # the stage sees them as options
 
     def components(self, toolchain: Toolchain) -> dict[str, object]:
         """Everything that can change the result, by name."""
@@ -67,33 +71,45 @@ class Tally:
 
     hits: Counter[str] = field(default_factory=Counter)
     ran: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
     subjects: dict[str, set[str]] = field(default_factory=dict)  # of what ran, by stage
     found: dict[str, set[str]] = field(default_factory=dict)  # subjects of the hits, by stage
-    saved_seconds: float = 0.0
+    # Seconds by stage: what the hits took when they were run, and what was run took.
+    saved_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    spent_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class Memoizer:
-    """Runs actions through the store. Knows stages only by their contract."""
+    """Runs actions through the store, and the remote behind it where there is one. Knows stages only by their
+    contract."""
 
-    def __init__(self, store: Store, workers: Workers, toolchain: Toolchain) -> None:
+    def __init__(self, store: Store, workers: Workers, toolchain: Toolchain, remote: RemoteCache | None = None) -> None:
         self.store = store
         self.workers = workers
         self.toolchain = toolchain
+        self.remote = remote
+        self.may_run = True  # where it may not, what would have to be run is an error
         self.tally = Tally()
         self.watcher: Watcher | None = None
         self._counting = threading.Lock()
         self._floor = _Floor()
         self._known: dict[str, ActionEntry] = {}
+        self._asked: dict[str, set[str]] = {}  # keys of what was found or run, by subject
+        self._ran: set[str] = set()  # keys
 
     def found(self, action: Action) -> ActionEntry | None:
         """The entry of an action where the store has it, counted as a hit; None where it would have to be run."""
         key = key_of(action.components(self.toolchain))
-        if (entry := self._known.get(key)) is not None:
+        if (entry := self._remembered(action, key)) is not None:
             return entry
-        entry = self.store.lookup(key)
+        entry = self.store.lookup(key) or self._fetched(key)
         if entry is not None:
             self._count_hit(action, key, entry)
         return entry
+
+    def _fetched(self, key: str) -> ActionEntry | None:
+        """The entry of an action from the remote, now in the store as well."""
+        return self.remote.find(key) if self.remote is not None else None
 
     def run(self, action: Action) -> ActionEntry:
         """The entry of an action, from the store or by running it.
@@ -105,12 +121,12 @@ class Memoizer:
         key = key_of(components)
         if action.stage.kind is Kind.SOURCE:
             return self._watched(action, key, components)
-        if (entry := self._known.get(key)) is not None:
+        if (entry := self._remembered(action, key)) is not None:
             return entry
         entry = self.store.lookup(key)
         if entry is None:
             with self.store.locked(key):
-                entry = self.store.lookup(key)
+                entry = self.store.lookup(key) or self._fetched(key)
                 if entry is None:
                     return self._watched(action, key, components)
         self._count_hit(action, key, entry)
@@ -120,14 +136,37 @@ class Memoizer:
         """Forgets what was looked up: the store is asked again."""
         with self._counting:
             self._known.clear()
+            self._asked.clear()
+            self._ran.clear()
             self.tally = Tally()
+
+    def asked(self, wanted: Callable[[str], bool]) -> dict[str, tuple[str, ActionEntry]]:
+        """The actions that were found or run for some subjects, by key: subject and entry."""
+        with self._counting:
+            subjects = {key: subject for subject, keys in self._asked.items() if wanted(subject) for key in keys}
+            return {key: (subject, self._known[key]) for key, subject in sorted(subjects.items())}
+
+    def has_run(self, key: str) -> bool:
+        """Whether this process ran an action, rather than found it."""
+        return key in self._ran
+
+    def _remembered(self, action: Action, key: str) -> ActionEntry | None:
+        entry = self._known.get(key)
+        if entry is not None:
+            with self._counting:
+                self._asked.setdefault(action.subject, set()).add(key)
+        return entry
+
+    def _remember(self, action: Action, key: str, entry: ActionEntry) -> None:
+        self._known[key] = entry
+        self._asked.setdefault(action.subject, set()).add(key)
 
     def _count_hit(self, action: Action, key: str, entry: ActionEntry) -> None:
         with self._counting:
             self.tally.hits[action.stage.name] += 1
             self.tally.found.setdefault(action.stage.name, set()).add(action.subject)
-            self.tally.saved_seconds += entry.seconds
-            self._known[key] = entry
+            self.tally.saved_seconds[action.stage.name] += entry.seconds
+            self._remember(action, key, entry)
         if self.watcher is not None:
             self.watcher.finished(action, True, entry.seconds)
 
@@ -139,15 +178,20 @@ class Memoizer:
         return data
 
     def _watched(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
-        if self.watcher is None:
-            return self._perform(action, key, components)
-        self.watcher.started(action)
+        if not self.may_run and action.stage.kind is not Kind.SOURCE:
+            raise NotBuiltError(f"{action.stage.name} of {action.subject} is in no store", hint="run: doit build")
+        if self.watcher is not None:
+            self.watcher.started(action)
         try:
             entry = self._perform(action, key, components)
         except BaseException:
-            self.watcher.failed(action)
+            with self._counting:
+                self.tally.failed[action.stage.name] += 1
+            if self.watcher is not None:
+                self.watcher.failed(action)
             raise
-        self.watcher.finished(action, False, entry.seconds)
+        if self.watcher is not None:
+            self.watcher.finished(action, False, entry.seconds)
         return entry
 
     def _perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
@@ -158,9 +202,13 @@ class Memoizer:
                 entry = self.workers.perform(action, key, components)
         with self._counting:
             self.tally.ran[action.stage.name] += 1
+            self.tally.spent_seconds[action.stage.name] += entry.seconds
             self.tally.subjects.setdefault(action.stage.name, set()).add(action.subject)
             if action.stage.kind is not Kind.SOURCE:
-                self._known[key] = entry
+                self._remember(action, key, entry)
+                self._ran.add(key)
+        if self.remote is not None and action.stage.kind is not Kind.SOURCE:
+            self.remote.publish(key, entry)
         return entry
 
 
@@ -204,7 +252,7 @@ def perform(store: Store, action: Action, key: str, components: dict[str, object
     """Runs a stage here and now, stores what it made, and returns the entry. This is what a worker process does."""
     begun = time.perf_counter()
     try:
-        made = action.stage.load()(Inputs(store, action.inputs), action.options)
+        made = action.stage.load()(Inputs(store, action.inputs), {**action.options, **action.places})
         outputs = {name: store.put(data) for name, data in made.items()}
         entry = ActionEntry(action.stage.name, components, outputs, time.perf_counter() - begun)
         if action.stage.kind is not Kind.SOURCE:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from pipeline.memoizer import Action, Watcher
@@ -26,6 +28,8 @@ _DONE = {
 }
 
 
+_OFTEN = 2.0  # seconds between lines on what takes long, where there is no terminal
+_REFRESH = 0.1  # and where there is one
 _WIDTH = 160  # of a table where there is no terminal
 
 
@@ -36,7 +40,7 @@ class Progress(Watcher):
         self._stream = stream
         self._lock = threading.Lock()
         self._running: dict[int, str] = {}
-        self._begun = time.monotonic()
+        self._begun = self._told = time.monotonic()
         self._done = Counter[str]()
         self._total = 0
         self._bar: Any = None
@@ -69,6 +73,31 @@ class Progress(Watcher):
                 self._bar.stop()
                 self._bar = None
 
+    @contextlib.contextmanager
+    def telling(self, what: str) -> Iterator[Callable[[str], None]]:
+        """A phase in which nothing is built: the block is given what to call with how far it is, as often as it likes.
+        A live line in a terminal, elsewhere a line from time to time."""
+        told = time.monotonic()
+        live = contextlib.ExitStack()
+        shown: Any = None
+        if self._stream.isatty():
+            from rich.console import Console
+
+            shown = live.enter_context(Console(file=self._stream).status(what))
+
+        def tell(how_far: str) -> None:
+            nonlocal told
+            if time.monotonic() - told < (_REFRESH if shown is not None else _OFTEN):
+                return
+            told = time.monotonic()
+            if shown is not None:
+                shown.update(f"{what}: {how_far}")
+            else:
+                self.say(f"{what}: {how_far}")
+
+        with live:
+            yield tell
+
     def task_done(self) -> None:
         """One more of the phase's tasks is done."""
         with self._lock:
@@ -92,6 +121,16 @@ class Progress(Watcher):
     def failed(self, action: Action) -> None:
         with self._lock:
             self._running.pop(id(action), None)
+
+    def tell(self, how_far: str) -> None:
+        """How far something is that takes long: in the live line, or where there is none a line from time to time."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.update(self._task, description=how_far)
+            elif time.monotonic() - self._told > _OFTEN:
+                if self._told > self._begun:  # what is over sooner is not worth a line
+                    self._write(how_far)
+                self._told = time.monotonic()
 
     def say(self, text: str) -> None:
         """One line, above the live one where there is a terminal."""

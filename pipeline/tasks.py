@@ -76,6 +76,8 @@ class StageAction(BaseAction):
 def create(workspace: Workspace, selection: Selection) -> Iterator[dict[str, Any]]:
     """The tasks that a selection asks for."""
     pairs = workspace.pairs(selection)
+    if selection.part is Part.FRONT:
+        workspace.gather()  # a build takes the best records that anybody has
     known = _Known(workspace, pairs)
     if selection.part is not Part.ALL:
         pairs = [pair for pair in pairs if not known.is_fresh(*pair)]

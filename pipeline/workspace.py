@@ -23,6 +23,9 @@ from pipeline.models import Model
 
 if TYPE_CHECKING:
     from pipeline.build import Build
+    from pipeline.remotes.cache import RemoteCache
+    from pipeline.remotes.lanes import Lanes
+    from pipeline.remotes.settings import Settings
     from pipeline.store import Store
 
 # When this process began to look at files: one that changes later may have been read before or after.
@@ -87,6 +90,10 @@ class Workspace:
         self.folder = Path(caller).resolve().parent if caller else Path.cwd()
         self._build: Build | None = None
         self._store: Store | None = None
+        self._remote: RemoteCache | None = None
+        self._lanes: Lanes | None = None
+        self._leaving = contextlib.ExitStack()  # what ends with the process's work
+        self._settings: Settings | None = None
         # doit takes whatever in dodo.py has this attribute for a maker of tasks: the class must not have it.
         self.create_doit_tasks = self._tasks
 
@@ -143,8 +150,28 @@ class Workspace:
             from pipeline.toolchain import detect
             from pipeline.workers import Workers
 
-            self._build = Build(self.folder, Memoizer(self.store, Workers(self.store.root, jobs()), detect()))
+            self._leaving.enter_context(self.store.in_use())
+            workers = Workers(self.store.root, jobs())
+            self._build = Build(self.folder, Memoizer(self.store, workers, detect(), self.remote))
         return self._build
+
+    @property
+    def settings(self) -> Settings:
+        """Which remote is used, how, and whom to trust."""
+        if self._settings is None:
+            from pipeline.remotes.settings import load
+
+            self._settings = load(self.folder)
+        return self._settings
+
+    @property
+    def remote(self) -> RemoteCache | None:
+        """The remote behind the store, where the settings name one."""
+        if self._remote is None and self.settings.uses_remote:
+            from pipeline.remotes.cache import opened
+
+            self._remote = opened(self.store, self.settings)
+        return self._remote
 
     @property
     def store(self) -> Store:
@@ -156,14 +183,32 @@ class Workspace:
         return self._store
 
     @property
+    def lanes(self) -> Lanes | None:
+        """The tuning records of other machines, where there is a remote."""
+        if self._lanes is None and self.remote is not None:
+            from pipeline.remotes.lanes import Lanes
+
+            self._lanes = Lanes(self.remote, self.store)
+        return self._lanes
+
+    def gather(self) -> None:
+        """Brings in the tuning records that other machines have found, where there is a remote that answers."""
+        if self.lanes is not None:
+            self.lanes.gather()
+
+    @property
     def has_built(self) -> bool:
         """Whether this process had anything to do."""
         return self._build is not None
 
     def stop(self) -> None:
-        """Ends the processes that work for this workspace's build, if there are any."""
+        """Ends the processes that work for this workspace's build, and what goes on with the remote, if there are any.
+        What was not sent by then is not: see RemoteCache.finish."""
         if self._build is not None:
             self._build.memoizer.workers.stop()
+        if self._remote is not None:
+            self._remote.close()
+        self._leaving.close()
 
     def _models_of(self, target: str) -> tuple[str, ...] | None:
         """The models that a target's file restricts it to. The file is parsed only where the word stands in it."""

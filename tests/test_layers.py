@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 L0 = {"pipeline.errors", "pipeline.hashing", "pipeline.types", "pipeline.config", "pipeline.models"}
 L0_LIBRARIES = {"xxhash", "msgspec"}
 L1_LIBRARIES = {"platformdirs", "filelock"}
+REMOTES_LIBRARIES = {"cryptography", "google", "grpc", "obstore", "urllib3", "zstandard"}
 FFI_ALLOWED = {"pipeline.runtime", "pipeline.tensors"}
 
 
@@ -80,6 +81,13 @@ def test_the_store_imports_only_the_vocabulary_and_itself(module: str) -> None:
     assert outside(imports(module)) <= L0_LIBRARIES | L1_LIBRARIES
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pipeline.remotes")])
+def test_remotes_know_the_store_and_nothing_above_it(module: str) -> None:
+    below = {name for name in inside(imports(module)) if not name.startswith(("pipeline.remotes", "pipeline.store"))}
+    assert below <= L0
+    assert outside(imports(module)) <= L0_LIBRARIES | L1_LIBRARIES | REMOTES_LIBRARIES
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("pipeline.compiler")])
 def test_only_the_compiler_imports_tvm(module: str) -> None:
     found = {name.partition(".")[0] for name in imports(module)}
@@ -123,4 +131,4 @@ def test_the_machinery_of_the_cache_loads_neither_tvm_nor_what_comes_with_it() -
     )
     loaded = set(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True).split())
     assert "pipeline.memoizer" in loaded
-    assert not loaded & {"tvm", "tvm_ffi", "numpy", "onnx", "torch", "doit"}
+    assert not loaded & {"tvm", "tvm_ffi", "numpy", "onnx", "torch", "doit", *REMOTES_LIBRARIES}

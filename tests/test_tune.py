@@ -764,3 +764,49 @@ def test_records_of_another_target_or_device_are_not_used(
     assert "2 of 2 operators to tune" in story.workspace.doit("tune", "--plan", OMP_NUM_THREADS="1").good().out
     story.workspace.build().good()
     idle(story.workspace)
+
+
+# Several machines.
+
+
+def test_two_machines_tune_through_a_remote_and_never_the_same_candidate(
+    new_workspace: Callable[[], WorkspaceFolder], tmp_path: Path
+) -> None:
+    remote = {"TVMAKE_REMOTE": (tmp_path / "shared").as_uri()}
+    one, other, third = (new_workspace() for _ in range(3))
+    for workspace in (one, other, third):
+        fill(workspace, "Relu", "Sigmoid", space=lanes(MANY))
+    with running(one, **remote) as first, running(other, **remote) as second:
+        nights = [finish(first), finish(second)]
+    for night in nights:
+        night.done.good()
+    assert third.build(**remote).good().compiled <= 2
+    assert set(implementations(third).values()) == {"tuned"}
+    right(third, relu, sigmoid)
+    require_nothing_timed_twice(third)
+    assert timed_in_all(third) == sum(night.ended["timed"] for night in nights) == 2 * len(MANY)
+    idle(third, **remote)
+
+
+def test_what_a_machine_found_before_it_was_killed_is_on_the_remote(
+    new_workspace: Callable[[], WorkspaceFolder], tmp_path: Path
+) -> None:
+    remote = {"TVMAKE_REMOTE": (tmp_path / "shared").as_uri()}
+    one, other = new_workspace(), new_workspace()
+    for workspace in (one, other):
+        fill(workspace, "Relu", space=lanes(MANY))
+    with running(one, **remote) as process:
+        event(process, "batch")
+        event(process, "batch")
+        process.send_signal(signal.SIGKILL)
+    other.build(**remote).good()
+    assert timed_in_all(other) >= 4
+    require_nothing_timed_twice(other)
+
+
+def test_tuning_goes_on_without_its_remote(workspace: WorkspaceFolder) -> None:
+    fill(workspace, "Relu")
+    night = tune(workspace, TVMAKE_REMOTE="http://127.0.0.1:1")
+    night.done.good()
+    assert night.trials == {RELU: 4}
+    assert night.done.err.count("going on without it") == 1

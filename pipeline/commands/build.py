@@ -104,6 +104,8 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
             self._build(session)
             if dump:
                 self._dump(workspace, Path(dump))
+            session.send()
+            session.remember()
         finally:
             workspace.stop()
             self.dep_manager.close()
@@ -156,6 +158,9 @@ class Session:
         if not ours:
             return
         self.workspace.build.memoizer.watcher = self.progress
+        if (remote := self.workspace.build.memoizer.remote) is not None:
+            remote.say = lambda sentence: self.progress.say(f"WARNING {sentence}")
+            remote.tell = self.progress.tell
         self.workspace.build.memoizer.workers.limit = self._jobs
         control = TaskControl([*ours, *(task for task in tasks if task.has_subtask)])
         control.process([task.name for task in ours])
@@ -170,6 +175,14 @@ class Session:
             self.progress.stop()
             runner.teardown()
             self.command.save()
+
+    def send(self) -> None:
+        """Waits until what was made is on the remote, where there is one."""
+        remote = self.workspace.build.memoizer.remote if self.workspace.has_built else None
+        if remote is None or not remote.waiting():
+            return
+        with self.progress.telling(f"sending to {remote.remote.name}") as tell:
+            remote.finish(lambda left: tell(f"{counted(left, 'entry')} left"))
 
     def report(self) -> None:
         """What each model that was built now runs on, and what could not be used for it."""
@@ -208,10 +221,30 @@ class Session:
             failed = f", {counted(len(self.failures), 'task')} failed" if self.failures else ""
             self.progress.say(
                 f"{count}{failed}: {counted(compiled, 'operator')} compiled, {cached} cached, "
-                f"{counted(tally.ran['link'], 'library')} linked, in {self.progress.elapsed:.1f} s{notes}"
+                f"{counted(tally.ran['link'], 'library')} linked, in {self.progress.elapsed:.1f} s"
+                f"{self._with_remote()}{notes}"
             )
         else:
             self.progress.say(f"{count} up to date, nothing to do")
+
+    def _with_remote(self) -> str:
+        """What came from the remote and what went there."""
+        remote = self.workspace.build.memoizer.remote
+        if remote is None:
+            return ""
+        counts = remote.counts
+        parts = [f"{counts.hits} of {counts.hits + counts.misses} found on the remote"] if remote.policy.reads else []
+        parts += [f"{counts.published} sent"] if remote.policy.writes else []
+        parts += [counted(counts.errors, "error")] if counts.errors else []
+        return "; " + ", ".join(parts)
+
+    def remember(self) -> None:
+        """Notes what this run found and made, for `doit cache stats`."""
+        if self.workspace.has_built:
+            from pipeline.sharing import usage
+            from pipeline.store.usage import Usage
+
+            Usage(self.workspace.store.root).add(usage(self.workspace.build.memoizer))
 
     def _corrupt(self) -> int:
         """Files of the store that were damaged, or did not belong there, and were set aside: here or in workers."""

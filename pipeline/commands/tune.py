@@ -94,6 +94,7 @@ at fault, 3 nothing could be measured, 4 all candidates of some operator were wr
             if number < 0:
                 raise ConfigError(f"--{name} is {number}", hint="give a number of 1 or more")
         try:
+            workspace.gather()
             operators, left = self._operators(workspace, jobs)
             operators = operators[: top or None]
             if not operators and not left:
@@ -189,6 +190,8 @@ def _run(
     watcher = face.watcher(sys.stderr, events)
     with _stopping(local.night(workspace, operators, terms, jobs, watcher)) as night:
         code = _CODES[night.run().end]
+    if workspace.lanes is not None:
+        workspace.lanes.publish()
     _say_unread(ledger, operators)
     return code
 

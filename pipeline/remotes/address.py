@@ -49,8 +49,9 @@ class Address:
         if "@" in parts.path + parts.query + parts.fragment:
             raise ConfigError("the remote's URL has an @ behind its server", hint=f"{_PASSWORDS}; in a path too, %40")
         name = _name(parts, host, port)
-        if any(ord(each) <= 32 or ord(each) == 127 for each in unquote(parts.netloc + parts.path)):
-            raise ConfigError(f"the remote's URL {name!r} has a space or a control character in it")
+        plainly, meant = parts.netloc + parts.path, unquote(parts.netloc + parts.path)
+        if " " in plainly or any(ord(each) < 32 or ord(each) == 127 for each in meant):
+            raise ConfigError(f"the remote's URL {name!r} has a space or a control character in it", hint="a space: %20")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         for unknown in sorted(set(query).difference(parameters)):
             known = f"what is known: {', '.join(parameters)}" if parameters else "take it out"

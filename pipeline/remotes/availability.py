@@ -67,9 +67,14 @@ class Availability:
         """It did what it was asked to do, or said that it has nothing."""
         with self._lock:
             was_away = self._pause > 0
-            self._pause, self._until, self._probing, self._garbled, self._full = 0.0, 0.0, False, 0, 0
+            self._pause, self._until, self._probing, self._full = 0.0, 0.0, False, 0
         if was_away:
             self._say(f"the remote {self._name} answers again")
+
+    def made_sense(self) -> None:
+        """What it gave was what it should be. A page that asks to sign in is an answer as well."""
+        with self._lock:
+            self._garbled = 0
 
     def failed(self, way: Way, error: RemoteError) -> None:
         """It did not do its part. One that fails while others wait is told of once."""
@@ -85,7 +90,7 @@ class Availability:
                 self._garbled += 1
                 told = self._garbled == _GARBLED and way not in self._closed
                 if told:
-                    self._closed.add(way)
+                    self._closed.update(Way)
             elif error.trouble is Trouble.FULL:
                 self._full += 1
                 told = self._full == 1

@@ -196,6 +196,7 @@ class RemoteCache:
             return None
 
     def _believed(self, key: str, result: Result) -> Result | None:
+        self._available.made_sense()
         if self._trust.believes(key, result):
             return result
         self._count(unsigned=1)

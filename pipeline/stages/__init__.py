@@ -112,7 +112,8 @@ class Stage:
 _TVM = ("tvm", "tvm-ffi", "libtvm")
 
 RESOLVE = Stage("resolve", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "host"))
-READ = Stage("read", 1, Kind.SOURCE, Home.COMPILER)
+READ_FILE = Stage("read", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "torch"))  # a model that is a file
+READ = Stage("read", 2, Kind.SOURCE, Home.COMPILER)  # a model that a function of the user's makes
 EXTRACT = Stage("extract", 3, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "onnxsim", "torch"))
 BINDINGS = Stage("bindings", 1, Kind.BINARY, Home.COMPILER, _TVM)
 RECORDS = Stage("records", 2, Kind.BINARY, Home.COMPILER, _TVM)
@@ -133,6 +134,22 @@ PROFILE = Stage("profile", 2, Kind.DECISION, Home.FRESH, alone=True)
 DUMP = Stage("dump", 2, Kind.BINARY, Home.COMPILER, EXTRACT.tools)
 
 STAGES = (
-    *(RESOLVE, READ, EXTRACT, BINDINGS, RECORDS, CLAIM, EXPORT, SHIM, APPLY, SEARCH, LEARN, CODEGEN, CC, MEASURE),
+    *(
+        RESOLVE,
+        READ_FILE,
+        READ,
+        EXTRACT,
+        BINDINGS,
+        RECORDS,
+        CLAIM,
+        EXPORT,
+        SHIM,
+        APPLY,
+        SEARCH,
+        LEARN,
+        CODEGEN,
+        CC,
+        MEASURE,
+    ),
     *(PACK, EMBED, LINK, CHECK, PROFILE, DUMP),
 )

@@ -1,7 +1,7 @@
 """read: a model as declared in dodo.py → its skeleton, its weights, and cases that came with it.
 
-The one stage that looks at the world outside the store: a file, or a function of the user's. It is never looked up;
-whether it needs to run at all is told by the stamps of what it read.
+The one stage that looks at the world outside the store: a file, which is named by what is in it, or a function of the
+user's. What a function makes is never looked up; whether it needs to run at all is told by the stamps of what it read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.errors import ModelError, TvmakeError
 from pipeline.freshness import user_files
+from pipeline.modelfiles import is_within, require_unchanged
 from pipeline.stages import Inputs, Options, Outputs
 from pipeline.types import ModelKind
 
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
 
 
 def run(inputs: Inputs, options: Options) -> Outputs:
-    """Options: kind, path or function (pickled), shapes, cases (folders), import path.
+    """Options: kind; shapes; cases, folders; import path; and function, pickled, or
 
-    Outputs: skeleton; weights, JSON of their specs in order; w0, w1, …, their bytes; case0, …, as .npz; files, JSON of
-    the files that were read and of those Python files that the user's function imported.
+        path; file, recorded, beside and looks: what is in the files, and how they looked (pipeline.modelfiles)
+
+    Outputs: skeleton; weights, JSON of their specs in order; w0, w1, …, their bytes; case0, …, as .npz; and, of a
+    function, files, JSON of the files that were read and of those Python files that it imported; of a file, beside,
+    JSON of the names of files that hold weights: nothing but them where `beside` names others.
     """
     sys.path += [entry for entry in cast("list[str]", options["import path"]) if entry not in sys.path]
     read = _read(options)
@@ -39,10 +43,25 @@ def run(inputs: Inputs, options: Options) -> Outputs:
     }
     outputs |= {f"w{i}": data for i, (_, data) in enumerate(read.weights)}
     outputs |= {f"case{i}": _npz(case) for i, case in enumerate(read.cases)}
+    if options.get("path"):
+        return _of_file(outputs, read, options)
     # All that are imported by now: what another model imported before in this process, this one may have used as well.
     files = [str(path) for path in read.files] + user_files(list(sys.modules))
     outputs["files"] = msgspec.json.encode(sorted(set(files)))
     return outputs
+
+
+def _of_file(outputs: dict[str, bytes | memoryview], read: Read, options: Options) -> Outputs:
+    """What was read of files, if they are still those that the key names."""
+    path = Path(cast(str, options["path"]))
+    # The model's own and those of cases are known before it is read.
+    known = {path, *(file for case in cast("list[str]", options["cases"]) for file in Path(case).glob("*.pb"))}
+    beside = sorted(os.path.relpath(file, path.parent) for file in set(read.files) - known)
+    require_unchanged(cast("list[list[object]]", options["looks"]))
+    if outside := [name for name in beside if not is_within(name)]:
+        raise ModelError(f"{path} has weights in {outside[0]!r}, which is not beside it or below")
+    named = {"beside": msgspec.json.encode(beside)}
+    return {**outputs, **named} if beside == sorted(cast("dict[str, str]", options["beside"])) else named
 
 
 def _read(options: Options) -> Read:

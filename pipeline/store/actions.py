@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.hashing import Digest
 
 FORMAT = 1
+_HASH = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,31 @@ class ActionEntry:
 
     @classmethod
     def from_bytes(cls, key: str, data: bytes) -> ActionEntry:
-        """Raises ValueError on anything that `to_bytes` did not write for this key."""
+        """Raises ValueError on anything that `to_bytes` did not write for this key.
+
+        Whoever can write where entries come from can make a check that holds: what stands in one may be anything.
+        """
         check, _, text = data.decode().partition("\n")
         if not text.endswith("\n") or _check(key, text[:-1]) != check:
             raise ValueError("the entry's check does not match its text")
-        body = json.loads(text)
-        if body["format"] != FORMAT:
-            raise ValueError(f"the entry has format {body['format']}, not {FORMAT}")
-        outputs = {name: Digest(hash_, size) for name, (hash_, size) in body["outputs"].items()}
-        return cls(body["stage"], body["components"], outputs, body["seconds"])
+        try:
+            body = json.loads(text)
+            if body["format"] != FORMAT:
+                raise ValueError(f"the entry has format {body['format']}, not {FORMAT}")
+            outputs = {name: _digest(*given) for name, given in body["outputs"].items()}
+            entry = cls(body["stage"], body["components"], outputs, body["seconds"])
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"it is no entry: {type(error).__name__}: {error}") from error
+        kinds = isinstance(entry.stage, str), isinstance(entry.components, dict), isinstance(entry.seconds, int | float)
+        if not all(kinds) or not 0 <= entry.seconds < math.inf:
+            raise ValueError("its stage, components or seconds are none")
+        return entry
+
+
+def _digest(hash_: object, size: object) -> Digest:
+    if not (isinstance(hash_, str) and _HASH(hash_) and type(size) is int and size >= 0):
+        raise ValueError("an output that is no digest")
+    return Digest(hash_, size)
 
 
 def _check(key: str, text: str) -> str:

@@ -6,7 +6,8 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,10 +16,12 @@ from pipeline.hashing import Digest
 from pipeline.store.actions import ActionEntry
 from pipeline.store.files import StoreCounts, remove_leftovers, scratch_name, set_aside, written_atomically
 from pipeline.store.sets import Sets
+from pipeline.store.use import Use
 
 FORMAT = "tvmake store, format 1\n"
 _MARKER = "TVMAKE_STORE"
 _CHUNK = 1 << 20
+_NAME = re.compile(r"[0-9a-f]{64}").fullmatch
 _LOCK_SLOTS_DIGITS = 3  # 4096 files at most, however many actions are ever run
 
 
@@ -37,6 +40,9 @@ class Store:
     Safe for any number of processes at once. A blob or entry is visible whole or not at all, is verified on every
     read, and is set aside and counted when it fails, which the caller sees as a miss.
 
+    What is looked up, asked for or put is marked as used (`use`), so that upkeep removes what was not. Between two such
+    calls only `in_use` keeps what nothing names yet.
+
     `durable`: what it holds outlives a power failure; not so where all is thrown away soon.
 
     Raises StoreError when the folder cannot be used at all: not a store, another format, no permission, no space.
@@ -47,7 +53,9 @@ class Store:
         self.durable = durable
         self.counts = StoreCounts()
         self.sets = Sets(root, self.counts)
+        self.use = Use(root)
         self._scratch = root / "tmp"
+        self._folder = f"{root}{os.sep}"
         self._verified: set[str] = set()
         self._open()
 
@@ -72,21 +80,32 @@ class Store:
         hasher, size = hashlib.sha256(), 0
         temporary = self._scratch / scratch_name()
         with self._explained("writing a blob"):
-            with self._written(temporary) as out:
+            with written_atomically(temporary, self._scratch, self.durable) as out:
                 while chunk := read():
                     hasher.update(chunk)
                     size += len(chunk) if isinstance(chunk, bytes) else chunk.nbytes
                     out.write(chunk)
             digest = Digest(hasher.hexdigest(), size)
-            path = self._blob(digest)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(temporary, path)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
+            self._place(temporary, self._blob(digest))
         self._verified.add(digest.hash)
         return digest
+
+    def receive(self, digest: Digest, pieces: Iterable[bytes]) -> bool:
+        """Takes in a blob from elsewhere; whether the pieces are its very bytes. Others are not kept, nor read on."""
+        hasher, left = hashlib.sha256(), digest.size
+        path = self._blob(digest)
+        with self._explained(f"writing blob {digest}"), contextlib.suppress(_AlienError), self._written(path) as out:
+            for piece in pieces:
+                hasher.update(piece)
+                left -= len(piece)
+                if left < 0:
+                    raise _AlienError
+                out.write(piece)
+            if left or hasher.hexdigest() != digest.hash:
+                raise _AlienError
+            self._verified.add(digest.hash)
+            return True
+        return False
 
     def get(self, digest: Digest) -> bytes | None:
         """The bytes of a blob, verified, or None where the store does not have them."""
@@ -98,9 +117,9 @@ class Store:
                     inode = os.fstat(stream.fileno()).st_ino
             except FileNotFoundError:
                 return None
-        if Digest.of(data) != digest:
-            self._verified.discard(digest.hash)
-            self._set_aside(path, inode)
+        found = Digest.of(data)
+        if found != digest:
+            self._disprove(found, digest, inode)
             return None
         self._verified.add(digest.hash)
         return data
@@ -112,21 +131,48 @@ class Store:
 
     def has(self, digest: Digest) -> bool:
         """Whether the store holds the blob's very bytes. They are read once by each Store object, then remembered."""
-        path = self._blob(digest)
-        with self._explained(f"reading blob {digest}"):
+        found = self._found(digest)
+        return found is not None and self.use.mark(self._blob_name(digest), found.st_mtime)
+
+    def reread(self, name: str) -> bool | None:
+        """Reads a blob anew, whatever is remembered of it: whether its bytes are those of its name, a SHA-256.
+
+        None where there is none. What has other bytes is set aside.
+        """
+        path = self.root / "cas" / name[:2] / name
+        with self._explained(f"reading blob {name[:12]}"):
             try:
-                stat = path.stat()
-                right = stat.st_size == digest.size
-                if right and digest.hash not in self._verified:
-                    right = Digest.of_file(path) == digest
+                inode = path.stat().st_ino
+                found = Digest.of_file(path)
             except FileNotFoundError:
-                return False
-        if right:
-            self._verified.add(digest.hash)
-        else:
-            self._verified.discard(digest.hash)
-            self._set_aside(path, stat.st_ino)
-        return right
+                return None
+        if found.hash != name:
+            self._disprove(found, Digest(name, found.size), inode)
+        return found.hash == name
+
+    def _found(self, digest: Digest) -> os.stat_result | None:
+        """What the system says of a blob that is here and whole; None of any other."""
+        path = self._blob_name(digest)
+        try:
+            stat = os.stat(path)
+            if stat.st_size == digest.size and digest.hash in self._verified:
+                return stat
+            found = Digest.of_file(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise explain_os_error(error, f"reading blob {digest}") from error
+        if found != digest:
+            self._disprove(found, digest, stat.st_ino)
+            return None
+        self._verified.add(digest.hash)
+        return stat
+
+    def _disprove(self, found: Digest, asked: Digest, inode: int) -> None:
+        """Sets a blob aside that has not the bytes of its name. One that was asked for with a wrong size has them."""
+        if found.hash != asked.hash:
+            self._verified.discard(asked.hash)
+            self._set_aside(self._blob(asked), inode)
 
     # action entries
 
@@ -137,23 +183,39 @@ class Store:
 
     def lookup(self, key: str) -> ActionEntry | None:
         """The entry of an action, if every blob that it names is here and whole; otherwise None."""
-        path = self._entry(key)
-        with self._explained(f"reading entry {key[:12]}"):
-            try:
-                with open(path, "rb") as stream:
-                    data = stream.read()
-                    inode = os.fstat(stream.fileno()).st_ino
-            except FileNotFoundError:
-                return None
-        try:
-            entry = ActionEntry.from_bytes(key, data)
-        except (ValueError, KeyError, TypeError):
-            self._set_aside(path, inode)
+        found = self._read(key)
+        if found is None or any(self._found(digest) is None for digest in found[0].outputs.values()):
             return None
-        missing = [digest for digest in entry.outputs.values() if not self.has(digest)]
-        return None if missing else entry
+        entry, _, mtime = found
+        return entry if self.use.mark(self._entry_name(key), mtime) else None
+
+    def document(self, key: str) -> bytes | None:
+        """The document of an action's entry as it lies here, its check verified; its blobs need not be here."""
+        found = self._read(key)
+        return found[1] if found is not None else None
+
+    def _read(self, key: str) -> tuple[ActionEntry, bytes, float] | None:
+        """An entry, its document and its time."""
+        try:
+            data, stat = small_file(self._entry_name(key))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise explain_os_error(error, f"reading entry {key[:12]}") from error
+        try:
+            return read_entry(key, data), data, stat.st_mtime
+        except ValueError:
+            self._set_aside(self._entry(key), stat.st_ino)
+            return None
 
     # locks
+
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Held by a run: nothing that it uses is removed while it lasts, and what it put stays though nothing names it.
+
+        It never waits and never fails. The system ends it when the process dies.
+        """
+        return self.use.running()
 
     @contextlib.contextmanager
     def locked(self, key: str) -> Iterator[None]:
@@ -211,14 +273,42 @@ class Store:
     def _not_a_folder(self) -> StoreError:
         return StoreError(f"{self.root}, or a part of it, is not a folder", hint="set TVMAKE_CACHE to a folder")
 
-    def _written(self, final: Path) -> contextlib.AbstractContextManager[BinaryIO]:
-        return written_atomically(final, self._scratch, self.durable)
+    @contextlib.contextmanager
+    def _written(self, final: Path) -> Iterator[BinaryIO]:
+        temporary = self._scratch / scratch_name()
+        with written_atomically(temporary, self._scratch, self.durable) as out:
+            yield out
+        self._place(temporary, final)
+
+    def _place(self, temporary: Path, final: Path) -> None:
+        """Gives a whole file its name, while nobody removes what had the name before."""
+        try:
+            with self.use.placing():
+                try:
+                    os.replace(temporary, final)
+                except FileNotFoundError:
+                    final.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(temporary, final)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    # Names as str: to make a Path takes longer than to ask the system what lies there, and a build asks of thousands.
+
+    def _blob_name(self, digest: Digest) -> str:
+        # What an entry or a remote calls a blob may be anything, even a path: what is no SHA-256 lies nowhere.
+        name = digest.hash if _NAME(digest.hash) else "none"
+        return f"{self._folder}cas{os.sep}{name[:2]}{os.sep}{name}"
 
     def _blob(self, digest: Digest) -> Path:
-        return self.root / "cas" / digest.hash[:2] / digest.hash
+        return Path(self._blob_name(digest))
+
+    def _entry_name(self, key: str) -> str:
+        return f"{self._folder}ac{os.sep}{key[:2]}{os.sep}{key}"
 
     def _entry(self, key: str) -> Path:
-        return self.root / "ac" / key[:2] / key
+        return Path(self._entry_name(key))
 
     def _set_aside(self, path: Path, inode: int) -> None:
         """Moves a file that failed out of the way, unless another process has put a whole one in its place."""
@@ -233,4 +323,36 @@ class Store:
             raise explain_os_error(error, doing) from error
 
 
-_OWN_FOLDERS = ("cas", "ac", "sets", "locks", "quarantine", "tmp")
+def small_file(path: str) -> tuple[bytes, os.stat_result]:
+    """A small file's bytes and what the system says of it, with no more calls than that takes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        stat = os.fstat(descriptor)
+        # One byte more than there should be: a file that grew meanwhile is no entry.
+        return os.read(descriptor, stat.st_size + 1), stat
+    finally:
+        os.close(descriptor)
+
+
+def read_entry(key: str, document: bytes) -> ActionEntry:
+    """The entry that a document holds. Raises ValueError, and nothing else, on what is none of this key's.
+
+    A check proves that nothing was damaged, not that an entry was ever written by this program: anybody can make one.
+    """
+    try:
+        entry = ActionEntry.from_bytes(key, document)
+        right = type(entry.stage) is str and 0 <= entry.seconds < float("inf")
+        for digest in entry.outputs.values():
+            right = right and type(digest.hash) is str and type(digest.size) is int
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the document is no entry: {error}") from error
+    if not right:
+        raise ValueError("the entry has a value of another type than entries have")
+    return entry
+
+
+class _AlienError(Exception):
+    """Bytes that are not those of the blob that was asked for."""
+
+
+_OWN_FOLDERS = ("cas", "ac", "sets", "pins", "usage", "locks", "quarantine", "tmp")

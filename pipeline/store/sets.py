@@ -67,6 +67,16 @@ class Sets:
                 self._tell()
         return [name for name, _ in listed]
 
+    def all_keys(self) -> list[str]:
+        """The keys of all sets that there are, in alphabetical order."""
+        with self._explained("listing the sets"):
+            return sorted(
+                path.name
+                for above in (self._root / "sets").glob("[0-9a-f][0-9a-f]")
+                for path in above.iterdir()
+                if _MEMBER(path.name)
+            )
+
     def names(self, key: str) -> frozenset[str]:
         """The digests of the members, as the folder lists them: nothing is read."""
         return frozenset(self._listed(key)[0])

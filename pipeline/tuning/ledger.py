@@ -7,12 +7,12 @@ another machine added meanwhile counts. Needs no TVM.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.store import Store
 from pipeline.tuning.records import NewerFormatError, Record, Standing, encoded, filed, set_key, standing
@@ -31,14 +31,31 @@ class _Operator:
     standing: Standing | None = None
 
 
+class Shared(Protocol):
+    """The sets of other machines: pipeline.remotes.lanes."""
+
+    def gather(self) -> int:
+        """Brings in what they found."""
+
+    def publish(self) -> int:
+        """Gives them what was found here."""
+
+    def lease(self, key: str) -> bool:
+        """Whether none of them works on a set, and none will until `release`."""
+
+    def release(self, key: str) -> None: ...
+
+
 class Ledger:
     """The record sets of a store. Every method may be called from any thread.
 
-    noise  the least share that is taken for noise: see `standing`
+    noise   the least share that is taken for noise: see `standing`
+    shared  the sets of other machines, where there are any
     """
 
-    def __init__(self, store: Store, noise: float, room: int = ROOM) -> None:
+    def __init__(self, store: Store, noise: float, room: int = ROOM, shared: Shared | None = None) -> None:
         self._store = store
+        self._shared = shared
         self._noise = noise
         self._room = room
         self._lock = threading.Lock()
@@ -77,9 +94,24 @@ class Ledger:
         with self._lock:
             return len(self._read(key).newer)
 
-    def claim(self, key: str) -> AbstractContextManager[bool]:
-        """Takes an operator for the block, unless another process or thread has it: whether it is taken is given."""
-        return self._store.sets.try_locked(key)
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Takes an operator for the block, unless another process, thread or machine has it: whether it is taken is
+        given. What other machines found is there when it begins, and what was found here is theirs when it ends."""
+        with contextlib.ExitStack() as held:
+            is_free = held.enter_context(self._store.sets.try_locked(key))
+            if is_free and self._shared is not None:
+                is_free = self._shared.lease(key)
+                if is_free:
+                    held.callback(self._give_back, self._shared, key)
+                    self._shared.gather()
+            yield is_free
+
+    @staticmethod
+    def _give_back(shared: Shared, key: str) -> None:
+        """Others see what was found before they may go on from there."""
+        shared.publish()
+        shared.release(key)
 
     def _read(self, key: str) -> _Operator:
         known = self._known.setdefault(key, _Operator())

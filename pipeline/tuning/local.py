@@ -61,7 +61,8 @@ def night(workspace: Workspace, operators: Sequence[Operator], terms: Terms, job
     from pipeline.tuning.night import Night
 
     engine = LocalEngine(workspace.build, jobs)
-    return Night(operators, engine, Ledger(workspace.store, terms.noise), terms, watcher, secrets.token_hex(8))
+    ledger = Ledger(workspace.store, terms.noise, shared=workspace.lanes)
+    return Night(operators, engine, ledger, terms, watcher, secrets.token_hex(8))
 
 
 def tune_one(

@@ -100,11 +100,13 @@ def test_one_that_talks_nonsense_is_left_alone_in_the_end(available: Availabilit
     garbled = RemoteError("the remote r talks nonsense", trouble=Trouble.GARBLED)
     for _ in range(7):
         available.failed(Way.READ, garbled)
-    available.answered()
+    available.made_sense()
     for _ in range(7):
         available.failed(Way.READ, garbled)
+        available.answered()
     assert available.may(Way.READ)
     assert not said, "now and then something is broken anywhere"
     available.failed(Way.READ, garbled)
     assert not available.may(Way.READ)
+    assert not available.may(Way.WRITE)
     assert len(said) == 1

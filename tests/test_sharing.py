@@ -1,0 +1,445 @@
+"""Machines that share what they made: a second one, with another folder, store and user, has nothing left to do; and
+whatever a remote does, nothing wrong is built.
+
+The servers are real; what is not installed is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import models
+import pytest
+from conftest import Done, WorkspaceFolder
+
+from tests import servers
+
+NET = 'Model.onnx("net", "net.onnx"),'
+KINDS = ("folder", "nginx", "casd", "gateway")
+BOUND = 60.0  # seconds: many times what these builds take
+
+
+@dataclass
+class Machine:
+    """A workspace with a store of its own behind a remote."""
+
+    workspace: WorkspaceFolder
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def build(self, *, forbid_tvm: bool = False, **more: str) -> Done:
+        begun = time.monotonic()
+        done = self.workspace.doit(
+            "build", forbid_tvm=forbid_tvm, **{"HOME": str(self.workspace.cache), **self.environment, **more}
+        )
+        assert time.monotonic() - begun < BOUND
+        return done
+
+    def cache(self, *arguments: str, **more: str) -> Done:
+        return self.workspace.doit("cache", *arguments, **{**self.environment, **more})
+
+    def artifact(self) -> dict[str, bytes]:
+        return self.workspace.artifact_bytes("net")
+
+
+Machines = Callable[..., Machine]
+
+
+@pytest.fixture
+def machines(new_workspace: Callable[[], WorkspaceFolder]) -> Machines:
+    def make(environment: dict[str, str], activation: str = "Relu") -> Machine:
+        workspace = new_workspace()
+        workspace.onnx("net.onnx", models.chain("Sigmoid", activation, "Tanh"))
+        workspace.dodo(NET)
+        return Machine(workspace, environment)
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> dict[str, str]:
+    return {"TVMAKE_REMOTE": (tmp_path / "shared").as_uri()}
+
+
+@pytest.fixture
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a machine that uses a remote of some kind."""
+    if request.param == "folder":
+        yield {"TVMAKE_REMOTE": (tmp_path / "shared").as_uri()}
+        return
+    with ExitStack() as stack:
+        server = stack.enter_context(getattr(servers, request.param)(tmp_path / request.param))
+        yield {"TVMAKE_REMOTE": server.url, **server.environment}
+
+
+def found(done: Done) -> tuple[int, int, int]:
+    """Of how many actions how many were found on the remote, and how many were sent."""
+    match = re.search(r"; (\d+) of (\d+) found on the remote(?:, (\d+) sent)?", done.last)
+    assert match, done.err
+    return int(match[1]), int(match[2]), int(match[3] or 0)
+
+
+@pytest.mark.parametrize("remote", KINDS, indirect=True)
+def test_another_machine_builds_nothing(remote: dict[str, str], machines: Machines) -> None:
+    one, other = machines(remote), machines(remote)
+    assert found(one.build().good())[2] > 10
+    done = other.build(forbid_tvm=True).good()
+    assert not done.ran
+    assert found(done)[0] == found(done)[1] > 10
+    assert other.artifact() == one.artifact()
+    assert other.build(forbid_tvm=True).good().idle
+
+
+def test_a_shared_folder_needs_no_network(folder: dict[str, str], machines: Machines) -> None:
+    alone = ["unshare", "--net", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("no network namespaces here")
+    one, other = machines(folder), machines(folder)
+    one.build().good()
+    done = subprocess.run(
+        [*alone, *other.workspace.command("build")],
+        cwd=other.workspace.folder,
+        env=other.workspace.environment(forbid_tvm=True, **other.environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not Done(done.returncode, done.stdout, done.stderr).good().ran
+    assert other.artifact() == one.artifact()
+
+
+@pytest.mark.parametrize("remote", KINDS, indirect=True)
+def test_what_differs_is_compiled_and_nothing_else(remote: dict[str, str], machines: Machines) -> None:
+    one, other = machines(remote), machines(remote, "Exp")
+    one.build().good()
+    assert other.build().good().compiled == 1
+
+
+def test_a_machine_that_reads_only_sends_nothing(folder: dict[str, str], machines: Machines, tmp_path: Path) -> None:
+    reader = machines({**folder, "TVMAKE_REMOTE_POLICY": "read-only"})
+    reader.build().good()
+    assert not (tmp_path / "shared").exists()
+    writer = machines({**folder, "TVMAKE_REMOTE_POLICY": "write-only"})
+    assert "found" not in writer.build().good().last
+    later = machines({**folder, "TVMAKE_REMOTE_POLICY": "read-only"})
+    assert not later.build(forbid_tvm=True).good().ran
+
+
+def test_reading_without_credentials_and_writing_with(machines: Machines, tmp_path: Path) -> None:
+    with servers.nginx(tmp_path / "nginx", writer=("ci", "very secret")) as server:
+        anonymous = {"TVMAKE_REMOTE": server.url}
+        done = machines(anonymous).build().good()
+        assert done.err.count("WARNING") == 1, done.err
+        assert "no more writing" in done.err
+        known = {"TVMAKE_REMOTE": server.url.replace("//", "//ci:very%20secret@")}
+        writer = machines(known).build().good()
+        assert found(writer)[2] > 10
+        assert "secret" not in writer.err + writer.out
+        assert not machines(anonymous).build(forbid_tvm=True).good().ran
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "html", "swapped", "removed"])
+def test_a_remote_that_was_tampered_with_gives_nothing_wrong(
+    folder: dict[str, str], machines: Machines, tmp_path: Path, how: str
+) -> None:
+    one = machines(folder)
+    one.build().good()
+    for kind in ("ac", "cas"):
+        files = sorted((tmp_path / "shared" / kind).iterdir())
+        contents = [path.read_bytes() for path in files]
+        for i, path in enumerate(files):
+            path.unlink()
+            if how != "removed":
+                changed = {
+                    "flipped": bytes([contents[i][0] ^ 1]) + contents[i][1:] if contents[i] else b"!",
+                    "truncated": contents[i][: len(contents[i]) // 2],
+                    "html": b"<html><body>please log in</body></html>",
+                    "swapped": contents[i - 1],
+                }[how]
+                path.write_bytes(changed)
+    other = machines(folder)
+    other.build().good()
+    assert other.artifact() == one.artifact()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["flipped", "truncated", "html"])
+def test_each_file_of_a_remote_tampered_with_in_turn(
+    folder: dict[str, str], machines: Machines, tmp_path: Path, how: str
+) -> None:
+    one, other = machines(folder), machines({**folder, "TVMAKE_REMOTE_POLICY": "read-only"})
+    one.build().good()
+    for path in sorted(path for kind in ("ac", "cas") for path in (tmp_path / "shared" / kind).iterdir()):
+        before = path.read_bytes()
+        path.unlink()
+        path.write_bytes({"flipped": before[:-1] + b"!", "truncated": before[:-1], "html": b"<html>"}[how])
+        shutil.rmtree(other.workspace.cache, ignore_errors=True)
+        shutil.rmtree(other.workspace.artifact("net"), ignore_errors=True)
+        other.build().good()
+        assert other.artifact() == one.artifact(), path
+        path.unlink()
+        path.write_bytes(before)
+
+
+def test_with_signatures_required_nothing_else_is_used(
+    folder: dict[str, str], machines: Machines, tmp_path: Path
+) -> None:
+    machines(folder).build().good()
+    key, foreign = tmp_path / "ci.pem", tmp_path / "foreign.pem"
+    public = machines(folder).cache("key", str(key)).good().out.strip()
+    machines(folder).cache("key", str(foreign)).good()
+    careful = {**folder, "TVMAKE_TRUST": public, "TVMAKE_REMOTE_POLICY": "read-only"}
+    unsigned = machines(careful).build().good()
+    assert found(unsigned)[0] == 0
+    assert unsigned.err.count("not signed by a key that this machine trusts") == 1
+    shutil.rmtree(tmp_path / "shared")
+    machines({**folder, "TVMAKE_SIGN_WITH": str(foreign)}).build().good()
+    assert found(machines(careful).build().good())[0] == 0, "signed by somebody else"
+    shutil.rmtree(tmp_path / "shared")
+    one = machines({**folder, "TVMAKE_SIGN_WITH": str(key)})
+    one.build().good()
+    other = machines(careful)
+    assert not other.build(forbid_tvm=True).good().ran
+    assert other.artifact() == one.artifact()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:1", "going on without it"),
+        ("grpc://127.0.0.1:1", "going on without it"),
+        ("http://name.invalid/cache", "going on without it"),
+        ("file:///proc/nowhere", "going on without it"),
+    ],
+)
+def test_without_its_remote_a_build_goes_on(machines: Machines, url: str, said: str) -> None:
+    one = machines({"TVMAKE_REMOTE": url})
+    done = one.build().good()
+    assert done.compiled == 3
+    assert said in done.err
+    assert sum(line.startswith("WARNING") for line in done.err.splitlines()) <= 2, done.err
+
+
+def test_a_page_that_asks_to_sign_in_is_no_cache(machines: Machines, tmp_path: Path) -> None:
+    with servers.nginx(tmp_path / "nginx") as server:
+        done = machines({"TVMAKE_REMOTE": f"{server.url}/portal"}).build().good()
+    assert done.compiled == 3
+    assert "left alone" in done.err or "no more" in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"TVMAKE_REMOTE": "ftp://host/x"}, "what is known: file://"),
+        ({"TVMAKE_REMOTE": "http://"}, "remote"),
+        ({"TVMAKE_REMOTE": "http://h", "TVMAKE_REMOTE_POLICY": "maybe"}, "policies: read-write"),
+        ({"TVMAKE_REMOTE": "file:///tmp", "TVMAKE_SIGN_WITH": "/nowhere/key.pem"}, "cannot be read"),
+        ({"TVMAKE_REMOTE": "file:///tmp", "TVMAKE_TRUST": "ed25519:oops"}, "no public key"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_told_before_anything_is_built(
+    machines: Machines, environment: dict[str, str], said: str
+) -> None:
+    done = machines(environment).build()
+    assert done.code == 2
+    assert said in done.err
+    assert len(done.err.strip().splitlines()) <= 3, done.err
+
+
+def test_a_team_names_its_remote_beside_dodo_py(machines: Machines, tmp_path: Path) -> None:
+    one, other = machines({}), machines({})
+    for machine in (one, other):
+        machine.workspace.write("tvmake.toml", f'[remote]\nurl = "{(tmp_path / "shared").as_uri()}"\n')
+    one.build().good()
+    assert not other.build(forbid_tvm=True).good().ran
+    other.workspace.write("tvmake.toml", "[trust]\nrequired = false\n")
+    assert "the machine's to say" in other.build().err
+
+
+def _rounds(remote: dict[str, str], server: servers.Server, machines: Machines, rounds: int) -> None:
+    """Builds while a server is killed, frozen and started again, each at another moment."""
+    expected = machines({})
+    expected.build().good()
+    for i in range(rounds):
+        machine = machines({**remote, "TVMAKE_CONFIG": str(machine_config(machines, 1.0))})
+        process = subprocess.Popen(
+            machine.workspace.command("build"),
+            cwd=machine.workspace.folder,
+            env=machine.workspace.environment(**machine.environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        time.sleep(0.2 + 2.6 * i / max(1, rounds - 1))
+        if i % 2:
+            server.kill()
+        else:
+            server.freeze()
+        begun = time.monotonic()
+        said, _ = process.communicate(timeout=BOUND)
+        assert process.returncode == 0, said.decode()
+        assert time.monotonic() - begun < 20, "what is bounded is how long it waits"
+        assert machine.artifact() == expected.artifact()
+        if i % 2:
+            server.start()
+        else:
+            server.thaw()
+
+
+def machine_config(machines: Machines, seconds: float) -> Path:
+    """The file of a user who waits so long."""
+    return machines({}).workspace.write("user.toml", f"[remote]\nconnect = {seconds}\nstall = {seconds}\n")
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["nginx", "casd"])
+def test_a_server_that_dies_or_hangs_in_the_middle_costs_time_only(
+    kind: str, rounds: int, machines: Machines, tmp_path: Path
+) -> None:
+    with getattr(servers, kind)(tmp_path / kind) as server:
+        _rounds({"TVMAKE_REMOTE": server.url, **server.environment}, server, machines, rounds)
+
+
+def test_an_interrupted_build_does_not_wait_for_a_remote_that_hangs(machines: Machines, tmp_path: Path) -> None:
+    with servers.nginx(tmp_path / "nginx") as server:
+        one = machines({"TVMAKE_REMOTE": server.url, "TVMAKE_CONFIG": str(machine_config(machines, 3.0))})
+        server.freeze()
+        process = subprocess.Popen(
+            one.workspace.command("build"),
+            cwd=one.workspace.folder,
+            env=one.workspace.environment(**one.environment),
+            stderr=subprocess.PIPE,
+        )
+        time.sleep(1.5)
+        os.kill(process.pid, signal.SIGINT)
+        begun = time.monotonic()
+        _, said = process.communicate(timeout=BOUND)
+        assert process.returncode == 130, said
+        assert time.monotonic() - begun < 10
+        server.thaw()
+
+
+@pytest.mark.slow
+def test_bazel_and_ours_share_a_server_at_once(machines: Machines, tmp_path: Path) -> None:
+    bazel = servers.program("bazel")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "WORKSPACE").touch()
+    rules = [f'genrule(name = "x{i}", outs = ["x{i}.txt"], cmd = "echo {i} > $@")' for i in range(20)]
+    (project / "BUILD").write_text("\n".join(rules))
+
+    def bazel_build(url: str, base: str) -> subprocess.Popen[str]:
+        command = [bazel, f"--output_user_root={tmp_path / base}", "--batch", "build", "//:all"]
+        command += [f"--remote_cache={url}", "--spawn_strategy=local", "--genrule_strategy=local", "--color=no"]
+        return subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True)
+
+    with servers.nginx(tmp_path / "nginx") as server:
+        first = bazel_build(server.url, "first")
+        one = machines({"TVMAKE_REMOTE": server.url})
+        assert found(one.build().good())[2] > 10
+        assert first.wait(timeout=120) == 0
+        entries = len(list((tmp_path / "nginx" / "root" / "ac").iterdir()))
+        again = bazel_build(server.url, "again")
+        other = machines({"TVMAKE_REMOTE": server.url})
+        assert not other.build(forbid_tvm=True).good().ran
+        _, said = again.communicate(timeout=120)
+    assert "20 remote cache hit" in said, said
+    assert other.artifact() == one.artifact()
+    assert entries > 30, "both have written there"
+
+
+# by hand
+
+
+def test_what_is_pushed_can_be_pulled(folder: dict[str, str], machines: Machines, tmp_path: Path) -> None:
+    one, other = machines({}), machines(folder)
+    one.build().good()
+    assert other.cache("lookup").code == 1
+    pushed = one.cache("push", **folder).good()
+    assert re.search(r"native:net: (\d+) of \1 entries sent", pushed.out)
+    assert "0 of 0 entries sent" in one.cache("push", **folder).good().out, "it is there already"
+    assert re.search(r"native:net: (\d+) of \1 entries on the remote", other.cache("lookup").good().out)
+    other.cache("pull").good()
+    assert not other.build(forbid_tvm=True, TVMAKE_REMOTE="off").good().ran
+    assert other.artifact() == one.artifact()
+    victim = next(path for path in (tmp_path / "shared" / "cas").iterdir() if b"\x7fELF" in path.read_bytes()[:4])
+    victim.unlink()
+    lacking = one.cache("lookup", **folder)
+    assert lacking.code == 1
+    assert "missing: codegen of native:" in lacking.out or "missing: link of native:net" in lacking.out
+    one.cache("push", **folder).good()
+    assert one.cache("lookup", **folder).code == 0
+
+
+def test_a_file_carries_everything(machines: Machines, tmp_path: Path) -> None:
+    one, other, torn = machines({}), machines({}), machines({})
+    one.build().good()
+    file = tmp_path / "net.tar"
+    one.cache("export", str(file)).good()
+    other.cache("import", str(file)).good()
+    assert not other.build(forbid_tvm=True).good().ran
+    assert other.artifact() == one.artifact()
+    file.write_bytes(file.read_bytes()[:-5000])
+    assert torn.cache("import", str(file)).code == 1
+    torn.build().good()
+    assert torn.artifact() == one.artifact()
+    assert torn.cache("import", str(tmp_path / "absent.tar")).code == 2
+    (tmp_path / "text.tar").write_text("hello")
+    refused = torn.cache("import", str(tmp_path / "text.tar"))
+    assert refused.code == 2
+    assert "Traceback" not in refused.err
+
+
+def test_a_file_is_taken_from_trusted_hands_only(machines: Machines, tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    public = machines({}).cache("key", str(key)).good().out.strip()
+    one, other = machines({}), machines({"TVMAKE_TRUST": public})
+    one.build().good()
+    file = tmp_path / "net.tar"
+    one.cache("export", str(file)).good()
+    assert "not signed" in other.cache("import", str(file)).err
+    one.cache("export", str(file), TVMAKE_SIGN_WITH=str(key)).good()
+    other.cache("import", str(file)).good()
+    file.write_bytes(file.read_bytes().replace(b"codegen", b"codegem", 1))
+    assert other.cache("import", str(file)).code == 2
+
+
+def test_what_is_pinned_stays(machines: Machines) -> None:
+    one = machines({})
+    one.build().good()
+    one.cache("pin", "release-1").good()
+    assert one.cache("gc", "--size", "0").code == 1
+    for path in (one.workspace.cache / "ac").rglob("*"):
+        os.utime(path, (0, 0))
+    one.cache("gc", "--size", "0")
+    shutil.rmtree(one.workspace.folder / "artifacts")
+    (one.workspace.folder / ".doit.db").unlink()
+    assert not one.build(forbid_tvm=True).good().ran
+    assert one.cache("unpin", "release-2").code == 2
+    one.cache("unpin", "release-1").good()
+
+
+def test_the_store_tells_of_itself(machines: Machines, folder: dict[str, str]) -> None:
+    one, other = machines(folder), machines(folder)
+    one.build().good()
+    other.build().good()
+    told = other.cache("stats").good()
+    assert re.search(r"codegen .* 3 ", told.out), told.out
+    assert "saved" in told.out
+    assert '"remote_hits"' in other.cache("stats", "--json").good().out
+    assert other.cache("verify").good().err.endswith("all as they should be\n")
+    blob = next(path for path in (other.workspace.cache / "cas").rglob("*") if path.is_file())
+    blob.chmod(0o644)
+    blob.write_bytes(b"other bytes")
+    assert other.cache("verify").code == 1
+    assert "wants to know" in other.cache().err
+    assert other.cache("shrink").code == 2
+    assert other.cache("gc").code == 2, "nothing says how much to keep"
+    assert "would remove" in other.cache("gc", "--size", "1MB", "-n").err
