@@ -27,7 +27,7 @@ from pipeline.assembly import Assembly, Linked, Object
 from pipeline.composition import Composition, Target, names
 from pipeline.config import load_target
 from pipeline.dispatch import Dispatcher, Run
-from pipeline.errors import CheckError, ConfigError, ModelError
+from pipeline.errors import CheckError, ConfigError, ModelError, StoreError
 from pipeline.hashing import Digest, key_of
 from pipeline.memoizer import Action, Memoizer
 from pipeline.modelfiles import ModelFile, is_within
@@ -159,6 +159,7 @@ class Build:
             inputs[f"{workload.label}.workload"] = workload.function
             inputs[f"{workload.label}.{chosen.strategy}"] = chosen.whole
         entry = self.memoizer.run(Action(stages.DUMP, extract.subject, inputs, extract.options))
+        _require_within(entry.outputs, extract.subject)
         for name, digest in entry.outputs.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,8 +281,8 @@ class Build:
         try:
             decision = dispatcher.decide(workload)
             compiled = dispatcher.compiled(workload, decision.candidate)
-        except _NotFoundError:
-            return False
+        except (_NotFoundError, KeyError, msgspec.MsgspecError):
+            return False  # what makes no sense is told where it is asked for in earnest
         self._once(("decision", target, workload.digest), lambda: decision)
         self._once(("object", target, workload.digest), lambda: Object(compiled, decision))
         return True
@@ -388,6 +389,7 @@ class Build:
             libraries=tuple(self.composition(target).describe(name) for name in sorted(called)),
         )
         folder = self.folder / "artifacts" / target / model.name
+        _require_within((*draft.shared, *draft.parts), f"{target}:{model.name}")
         artifact.publish(self.memoizer.store, draft, folder)
         self._share(target, model)
         return folder
@@ -465,6 +467,13 @@ class Build:
 
 class _NotFoundError(Exception):
     """The store lacks an action's result."""
+
+
+def _require_within(names: Iterable[str], subject: str) -> None:
+    """Raises StoreError where what is stored would write files anywhere else: names come from plans and entries, which
+    another machine may have made."""
+    if outside := [name for name in names if not is_within(name)]:
+        raise StoreError(f"what is stored of {subject} leads to a file elsewhere: {ascii(outside[0])[:80]}")
 
 
 def _runnable(linked: Linked) -> dict[str, Digest]:

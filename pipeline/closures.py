@@ -12,6 +12,7 @@ is found by the key that this machine computed itself. One that is out of date c
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 STAGE = "closure"
 _VERSION = 1
 _LARGEST = 256 << 20  # bytes of a closure, unpacked: about 200,000 actions
+_KEY = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
@@ -64,7 +66,11 @@ class Closure:
             text = unpacker.decompress(data, _LARGEST)
             if unpacker.unconsumed_tail or not unpacker.eof:
                 raise ValueError("the closure is too large or truncated")
-            return cls(tuple(msgspec.json.decode(text, type=list[Part])))
+            parts = tuple(msgspec.json.decode(text, type=list[Part]))
+            # A key is where an entry lies in the store: what is none could lead out of it.
+            if not all(_KEY(part.key) for part in parts):
+                raise ValueError("it is no closure: what it calls a key is none")
+            return cls(parts)
         except (zlib.error, msgspec.DecodeError) as error:
             raise ValueError(f"it is no closure: {error}") from error
 
@@ -95,9 +101,11 @@ def publish(
 
 def ask(remote: RemoteCache, store: Store, key: str) -> Closure | None:
     """The closure that a remote has under a key."""
-    entry = remote.find(key, keep=False)
+    entry = remote.look(key)
     blob: Digest | None = entry.outputs.get("entries") if entry is not None and entry.stage == STAGE else None
-    data = store.get(blob) if blob is not None else None
+    if blob is None or blob.size > _LARGEST or not remote.blobs([blob]):
+        return None
+    data = store.get(blob)
     try:
         return Closure.from_bytes(data) if data is not None else None
     except ValueError:

@@ -102,14 +102,20 @@ class Memoizer:
         key = key_of(action.components(self.toolchain))
         if (entry := self._remembered(action, key)) is not None:
             return entry
-        entry = self.store.lookup(key) or self._fetched(key)
+        entry = self._looked_up(action, key) or self._fetched(action, key)
         if entry is not None:
             self._count_hit(action, key, entry)
         return entry
 
-    def _fetched(self, key: str) -> ActionEntry | None:
+    def _looked_up(self, action: Action, key: str) -> ActionEntry | None:
+        """The entry of an action as the store has it, which may have come from anywhere."""
+        entry = self.store.lookup(key)
+        return entry if entry is not None and _is_of(action.stage, entry) else None
+
+    def _fetched(self, action: Action, key: str) -> ActionEntry | None:
         """The entry of an action from the remote, now in the store as well."""
-        return self.remote.find(key) if self.remote is not None else None
+        entry = self.remote.find(key) if self.remote is not None else None
+        return entry if entry is not None and _is_of(action.stage, entry) else None
 
     def run(self, action: Action) -> ActionEntry:
         """The entry of an action, from the store or by running it.
@@ -123,10 +129,10 @@ class Memoizer:
             return self._watched(action, key, components)
         if (entry := self._remembered(action, key)) is not None:
             return entry
-        entry = self.store.lookup(key)
+        entry = self._looked_up(action, key)
         if entry is None:
             with self.store.locked(key):
-                entry = self.store.lookup(key) or self._fetched(key)
+                entry = self._looked_up(action, key) or self._fetched(action, key)
                 if entry is None:
                     return self._watched(action, key, components)
         self._count_hit(action, key, entry)
@@ -246,6 +252,12 @@ class _Floor:
             with self._changed:
                 self._running = 0
                 self._changed.notify_all()
+
+
+def _is_of(stage: Stage, entry: ActionEntry) -> bool:
+    """Whether an entry can be a result of a stage. What another machine wrote carries a check that holds, whatever it
+    says; one that cannot be is made again, and replaced."""
+    return entry.stage == stage.name and (not stage.makes or not entry.outputs.keys().isdisjoint(stage.makes))
 
 
 def perform(store: Store, action: Action, key: str, components: dict[str, object]) -> ActionEntry:

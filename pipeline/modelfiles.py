@@ -60,8 +60,10 @@ def require_unchanged(looks: Iterable[Sequence[object]]) -> None:
             raise ModelError(f"{name} was written while it was read", hint="run the same command again")
 
 
-def is_within(name: str) -> bool:
+def is_within(name: object) -> bool:
     """Whether a relative name leads to nowhere but the folder that it is relative to, and what is under it."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import closures
-from pipeline.errors import ConfigError, NotBuiltError
+from pipeline.errors import ConfigError, NotBuiltError, TvmakeError
 from pipeline.hashing import Digest
 from pipeline.processor import device
 from pipeline.remotes.results import Signature
@@ -69,7 +69,7 @@ def push(workspace: Workspace, pairs: Pairs, left: Left) -> list[Moved]:
         done.append(moved)
         try:
             found = workspace.build.found(target, model)
-        except NotBuiltError as error:
+        except TvmakeError as error:  # not built; or this model or target is at fault, and others are not
             moved.why = error.message
             continue
         before = remote.counts.published
@@ -96,7 +96,7 @@ def pull(workspace: Workspace, pairs: Pairs) -> list[Moved]:
         done.append(moved)
         try:
             moved.of = len(workspace.build.found(target, model))
-        except NotBuiltError as error:
+        except TvmakeError as error:
             moved.why = error.message
         moved.entries = remote.counts.hits - before
     return done
@@ -110,7 +110,7 @@ def lookup(workspace: Workspace, pairs: Pairs) -> list[Moved]:
         done.append(moved)
         try:
             wanted = _wanted(workspace, remote, target, model)
-        except NotBuiltError as error:
+        except TvmakeError as error:
             moved.why = error.message
             continue
         moved.of = len(wanted)

@@ -66,11 +66,22 @@ class StageAction(BaseAction):
         except TvmakeError as error:
             return TaskFailed(str(error))
         except Exception as error:
-            return TaskError(f"{type(error).__name__}: {error}", error)
+            return _unexpected(error)
         return None
 
     def __str__(self) -> str:
         return "runs the stage, or finds its result in the store"
+
+
+def _unexpected(error: Exception) -> TaskFailed | TaskError:
+    """What another machine stored may be whole and yet nothing that was ever made: that is no fault of the program."""
+    import msgspec
+
+    said = f"{type(error).__name__}: {error}"
+    if not isinstance(error, KeyError | msgspec.MsgspecError):
+        return TaskError(said, error)
+    mend = "if it came from a remote, build with TVMAKE_REMOTE=off and another TVMAKE_CACHE"
+    return TaskFailed(f"what is stored for it makes no sense: {said}\n  → {mend}")
 
 
 def create(workspace: Workspace, selection: Selection) -> Iterator[dict[str, Any]]:
@@ -138,7 +149,7 @@ def _back(
             yield _task(stage, pair, is_fresh, _asks(workspace, method, target, model), deps)
         yield _task("profile", pair, is_fresh, partial(_profile, workspace, target, model), [f"check:{pair}"])
         yield {
-            **_task("artifact", pair, is_fresh, partial(known.finish, target, model), [f"profile:{pair}"]),
+            **_task("artifact", pair, is_fresh, partial(known.finish, target, model, with_deps), [f"profile:{pair}"]),
             "clean": [(_remove, [workspace.artifact(target, model)])],
         }
 
@@ -325,10 +336,13 @@ class _Known:
         digest = self._workspace.build.plan_blob(target, model)
         return {"plan": [digest.hash, digest.size]}
 
-    def finish(self, target: str, model: Model) -> dict[str, Any]:
-        """Writes the artifact, and returns the record by which the next build knows that it is fresh."""
+    def finish(self, target: str, model: Model, alone: bool = False) -> dict[str, Any]:
+        """Writes the artifact, and returns the record by which the next build knows that it is fresh. `alone`: in no
+        command that would wait until a remote has it."""
         build = self._workspace.build
         folder = build.artifact(target, model)
+        if alone and build.memoizer.remote is not None:
+            build.memoizer.remote.finish()
         files = [
             *self._loaded,
             *build.files_read(model),

@@ -101,7 +101,7 @@ def test_a_lost_database_compiles_nothing(both: WorkspaceFolder) -> None:
         path.unlink()
     done = compiled_nothing(both.build())
     assert done.cached == 2
-    assert done.ran == {"read": 2}
+    assert done.ran == {"read": 1}, "a file is known by what is in it; what a function makes is made again"
     assert both.artifact_bytes("net") == made
     both.idle_build()
 
@@ -173,7 +173,7 @@ def test_other_weights_are_only_published(dense: WorkspaceFolder) -> None:
     dense.build().good()
     dense.onnx("dense.onnx", models.dense(seed=1))
     done = compiled_nothing(dense.build())
-    assert done.ran == {"read": 1, "checked": 1}
+    assert done.ran == {"checked": 1}
     close(dense.run("dense", x=X), models.dense_of(X, seed=1))
     dense.idle_build()
 
@@ -202,7 +202,7 @@ def test_a_changed_layer_compiles_only_what_is_new_and_going_back_nothing(worksp
 
     workspace.onnx("chain.onnx", models.chain("Relu", "Tanh", "Sigmoid"))
     third = compiled_nothing(workspace.build())
-    assert third.ran == {"read": 1}
+    assert not third.ran
     assert workspace.artifact_bytes("chain") == made
     workspace.idle_build()
 
@@ -255,7 +255,7 @@ def test_another_tolerance_checks_again_and_compiles_nothing(dense: WorkspaceFol
     assert (reference["state"], reference["tolerance"], reference["seeds"]) == ("passed", 1e-4, [3, 4])
     dense.idle_build()
     dense.write("targets/native.toml", NATIVE + "[check]\nenabled = false\n")
-    assert compiled_nothing(dense.build()).ran == {"read": 1}
+    assert not compiled_nothing(dense.build()).ran
     assert dense.manifest("dense")["reference"]["state"] == "skipped"
 
 

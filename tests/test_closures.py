@@ -43,3 +43,10 @@ def test_what_unpacks_to_more_than_it_should_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(closures, "_LARGEST", 1000)
     with pytest.raises(ValueError, match="too large"):
         Closure.from_bytes(zlib.compress(b" " * 10_000_000))
+
+
+@pytest.mark.parametrize("key", ["../../../home/user/.profile", "a" * 63, "A" * 64, "a" * 64 + "\n", "a\0b", ""])
+def test_a_closure_with_keys_that_are_none_is_refused(key: str) -> None:
+    """A key is where an entry lies in the store."""
+    with pytest.raises(ValueError, match="closure"):
+        Closure.from_bytes(Closure((*PARTS, Part(key, "evil", "said"))).to_bytes())

@@ -21,6 +21,10 @@ import models
 import pytest
 from conftest import Done, WorkspaceFolder
 
+from pipeline import closures
+from pipeline.hashing import Digest
+from pipeline.remotes import results
+from pipeline.store import ActionEntry
 from tests import servers
 
 NET = 'Model.onnx("net", "net.onnx"),'
@@ -225,6 +229,7 @@ def test_without_its_remote_a_build_goes_on(machines: Machines, url: str, said: 
     done = one.build().good()
     assert done.compiled == 3
     assert said in done.err
+    assert "type `doit cache push`" in done.err
     assert sum(line.startswith("WARNING") for line in done.err.splitlines()) <= 2, done.err
 
 
@@ -378,6 +383,18 @@ def test_what_is_pushed_can_be_pulled(folder: dict[str, str], machines: Machines
     assert one.cache("lookup", **folder).code == 0
 
 
+def test_a_target_at_fault_keeps_no_other_from_being_shared(folder: dict[str, str], machines: Machines) -> None:
+    one, other = machines({}), machines(folder)
+    one.build().good()
+    for machine in (one, other):
+        machine.workspace.write("targets/broken.toml", "target = {")
+    for machine, verb in ((one, "push"), (other, "pull"), (other, "lookup")):
+        done = machine.cache(verb, **folder)
+        assert done.code == 1, done.err
+        assert re.search(r"native:net: ([1-9]\d*) of \1 entries", done.out), done.out
+        assert re.search(r"broken:net: .*is not TOML", done.out), done.out
+
+
 def test_a_file_carries_everything(machines: Machines, tmp_path: Path) -> None:
     one, other, torn = machines({}), machines({}), machines({})
     one.build().good()
@@ -443,3 +460,109 @@ def test_the_store_tells_of_itself(machines: Machines, folder: dict[str, str]) -
     assert other.cache("shrink").code == 2
     assert other.cache("gc").code == 2, "nothing says how much to keep"
     assert "would remove" in other.cache("gc", "--size", "1MB", "-n").err
+
+
+# what nobody would write who means well
+
+
+def _rewritten(shared: Path, change: Callable[[ActionEntry], ActionEntry | None]) -> int:
+    """Changes entries of a shared folder, each with a check that holds, and removes closures; returns how many."""
+    changed = 0
+    for path in sorted((shared / "ac").iterdir()):
+        result = results.from_document(path.name, path.read_bytes())
+        assert isinstance(result, results.Result)
+        other = None if result.entry.stage == "closure" else change(result.entry)
+        path.unlink()
+        if other is not None:
+            path.write_bytes(results.to_document(results.Result(other, other.to_bytes(path.name))))
+            changed += 1
+    return changed
+
+
+@pytest.mark.parametrize("how", ["nothing made", "another stage"])
+def test_entries_that_no_stage_would_make_are_made_again(
+    folder: dict[str, str], machines: Machines, tmp_path: Path, how: str
+) -> None:
+    one, other = machines(folder), machines({**folder, "TVMAKE_REMOTE_POLICY": "read-only"})
+    one.build().good()
+
+    def change(entry: ActionEntry) -> ActionEntry:
+        outputs = {} if how == "nothing made" and entry.stage not in ("apply", "pack") else entry.outputs
+        stage = "other" if how == "another stage" else entry.stage
+        return ActionEntry(stage, entry.components, outputs, entry.seconds)
+
+    assert _rewritten(tmp_path / "shared", change) > 10
+    other.build().good()
+    assert other.artifact() == one.artifact()
+
+
+@pytest.mark.parametrize("stage", ["apply", "extract", "codegen"])
+def test_blobs_that_make_no_sense_are_told_of_without_a_traceback(
+    folder: dict[str, str], machines: Machines, tmp_path: Path, stage: str
+) -> None:
+    machines(folder).build().good()
+    garbage = b'{"garbage": 1}'
+    (tmp_path / "shared" / "cas" / Digest.of(garbage).hash).write_bytes(garbage)
+
+    def change(entry: ActionEntry) -> ActionEntry:
+        outputs = dict.fromkeys(entry.outputs, Digest.of(garbage)) if entry.stage == stage else entry.outputs
+        return ActionEntry(entry.stage, entry.components, outputs, entry.seconds)
+
+    _rewritten(tmp_path / "shared", change)
+    done = machines({**folder, "TVMAKE_REMOTE_POLICY": "read-only"}).build()
+    assert done.code == 1
+    assert "FAILED" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_closure_cannot_write_outside_of_the_store(
+    folder: dict[str, str], machines: Machines, tmp_path: Path
+) -> None:
+    one, other = machines(folder), machines({**folder, "TVMAKE_REMOTE_POLICY": "read-only"})
+    one.build().good()
+    victim = other.workspace.write("precious.txt", "precious")
+    names = (f"../workspace/{name}" for name in ("precious.txt", "new.txt"))
+    entry = ActionEntry("codegen", {}, {}, 1.0)
+    parts = tuple(closures.Part(name, "x", entry.to_bytes(name).decode()) for name in names)
+    data = closures.Closure(parts).to_bytes()
+    (tmp_path / "shared" / "cas" / Digest.of(data).hash).write_bytes(data)
+    for path in (tmp_path / "shared" / "ac").iterdir():
+        result = results.from_document(path.name, path.read_bytes())
+        assert isinstance(result, results.Result)
+        if result.entry.stage == "closure":
+            path.unlink()
+            evil = ActionEntry("closure", {}, {"entries": Digest.of(data)}, 0.0)
+            path.write_bytes(results.to_document(results.Result(evil, evil.to_bytes(path.name))))
+    other.build().good()
+    assert victim.read_text() == "precious"
+    assert not (other.workspace.folder / "new.txt").exists()
+
+
+def test_what_plain_doit_and_tune_build_is_sent_as_well(machines: Machines, tmp_path: Path) -> None:
+    for i, command in enumerate(([], ["tune", "--plan"])):
+        folder = {"TVMAKE_REMOTE": (tmp_path / f"shared{i}").as_uri()}
+        one, other = machines(folder), machines(folder)
+        one.workspace.doit(*command, **folder).good()
+        done = other.build(forbid_tvm=True).good()
+        assert not done.ran, command
+
+
+def test_an_interrupted_push_does_not_wait_for_a_remote_that_hangs(machines: Machines, tmp_path: Path) -> None:
+    with servers.nginx(tmp_path / "nginx") as server:
+        one = machines({"TVMAKE_REMOTE": server.url})
+        one.build(TVMAKE_REMOTE="off").good()
+        server.freeze()
+        process = subprocess.Popen(
+            one.workspace.command("cache", "push"),
+            cwd=one.workspace.folder,
+            env=one.workspace.environment(**one.environment),
+            stderr=subprocess.PIPE,
+        )
+        time.sleep(1.5)
+        os.kill(process.pid, signal.SIGINT)
+        begun = time.monotonic()
+        _, said = process.communicate(timeout=BOUND)
+        server.thaw()
+    assert process.returncode == 130, said
+    assert time.monotonic() - begun < 5, "less than `stall`"
+    assert b"Traceback" not in said

@@ -179,7 +179,7 @@ class Session:
     def send(self) -> None:
         """Waits until what was made is on the remote, where there is one."""
         remote = self.workspace.build.memoizer.remote if self.workspace.has_built else None
-        if remote is None or not remote.waiting():
+        if remote is None or not (remote.waiting() or remote.counts.dropped):
             return
         with self.progress.telling(f"sending to {remote.remote.name}") as tell:
             remote.finish(lambda left: tell(f"{counted(left, 'entry')} left"))

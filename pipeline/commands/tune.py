@@ -124,6 +124,8 @@ at fault, 3 nothing could be measured, 4 all candidates of some operator were wr
         if len(built) < len(pairs):
             session = Session(self, workspace, self._selection, jobs)
             self._build(session)
+            session.send()
+            session.remember()
             session.sum_up()
             workspace.build.memoizer.watcher = None  # from here on the night says what happens
             built = tasks.built(workspace, pairs)

@@ -9,7 +9,8 @@ wrong build.
 
 What these share: `address` (a URL), `blobs` (names and files), `waiting` (no longer than agreed), `questions` (about
 many blobs at once), `statuses` (of HTTP), `messages` (of the Remote Execution API); `connections` is http's, `link` and
-`packing` are reapi's.
+`packing` are reapi's. Above them: `cache` (behind a store), `lanes` (tuning records), `availability`, `hands`,
+`results` (what an entry is there), `trust` and `signatures`, `settings`.
 
 To add one: a file with a class, and a line in `_OPENERS`; tests/remotes runs the contract's tests over it.
 """
@@ -17,7 +18,6 @@ To add one: a file with a class, and a line in `_OPENERS`; tests/remotes runs th
 from __future__ import annotations
 
 import importlib
-from urllib.parse import urlsplit
 
 from pipeline.errors import ConfigError
 from pipeline.remotes.contract import CHUNK, Remote, Terms
@@ -43,13 +43,13 @@ def open_remote(url: str, terms: Terms | None = None) -> Remote:
 
     Raises ConfigError for a URL that cannot be meant, SetupError where a package that its scheme needs is missing.
     """
-    try:
-        scheme = urlsplit(url).scheme
-    except ValueError:
-        raise ConfigError("the remote's URL cannot be read") from None  # what Python says may show a password
-    if scheme not in _OPENERS:
+    scheme, separator, _ = url.partition("://")
+    scheme = scheme.lower()
+    if scheme not in _OPENERS or not separator:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ConfigError(f"a remote's URL cannot begin with {scheme[:20]!r}", hint=f"what is known: {known}")
+        # Without a scheme what comes first may be a password.
+        shown = f"{scheme}://" if separator and scheme.isalnum() else "that"
+        raise ConfigError(f"a remote's URL cannot begin with {shown}", hint=f"what is known: {known}")
     module = importlib.import_module(f"pipeline.remotes.{_OPENERS[scheme]}")
     remote: Remote = module.open_url(url, terms or Terms())
     return remote

@@ -51,7 +51,8 @@ class Address:
         name = _name(parts, host, port)
         plainly, meant = parts.netloc + parts.path, unquote(parts.netloc + parts.path)
         if " " in plainly or any(ord(each) < 32 or ord(each) == 127 for each in meant):
-            raise ConfigError(f"the remote's URL {name!r} has a space or a control character in it", hint="a space: %20")
+            said = f"the remote's URL {name!r} has a space or a control character in it"
+            raise ConfigError(said, hint="write %20 for a space")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         for unknown in sorted(set(query).difference(parameters)):
             known = f"what is known: {', '.join(parameters)}" if parameters else "take it out"

@@ -10,21 +10,22 @@ miss and nothing in between. What a remote does wrong costs time: it is counted,
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from pipeline.errors import ConfigError, RemoteError, StoreError, Trouble
+from pipeline.errors import ConfigError, RemoteError, StoreError, Trouble, first_line
 from pipeline.hashing import Digest
 from pipeline.remotes import open_remote, results
 from pipeline.remotes.availability import Availability, Way
 from pipeline.remotes.contract import Remote, Terms
+from pipeline.remotes.hands import Hands
 from pipeline.remotes.results import GarbledError, Result
 from pipeline.remotes.settings import Policy, Settings
 from pipeline.remotes.trust import Trust, signer, trusting
@@ -37,6 +38,7 @@ T = TypeVar("T")
 
 _TRANSFERS = 16  # at once
 _TOGETHER = 64  # actions whose blobs are asked about in one question
+_KEY = re.compile(r"[0-9a-f]{64}").fullmatch
 _SHARE_OF_DISK = 0.5  # of what is free: a blob that says to be larger is not fetched
 
 
@@ -101,8 +103,8 @@ class RemoteCache:
         self.tell: Callable[[str], None] = lambda sentence: None
         self._trust = trust or Trust()
         self._signer = signer
-        self._available = Availability(remote.name, lambda sentence: self.say(sentence))
-        self._pool = ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="remote")
+        self._available = Availability(remote.name, self._tell)
+        self._pool = Hands(_TRANSFERS, "remote")
         self._changed = threading.Condition()
         self._sending = _Sending()
         self._sender: threading.Thread | None = None
@@ -129,7 +131,7 @@ class RemoteCache:
         return result.entry
 
     def _keep(self, key: str, entry: ActionEntry) -> None:
-        self.store.commit(key, entry)
+        self.store.commit(key, entry, sync=False)
         with self._changed:
             self.counts.fetched[entry.stage] += 1
 
@@ -154,8 +156,11 @@ class RemoteCache:
         self._expected = {**self._expected, **entries}
 
     def fetch(self, entries: Mapping[str, bytes]) -> int:
-        """Brings many entries into the local store, their blobs in parallel; returns how many came."""
-        wanted = {key: said for key, said in entries.items() if self.store.lookup(key) is None}
+        """Brings many entries into the local store, their blobs in parallel; returns how many came.
+
+        Keys may be what a remote told: what is none is passed over.
+        """
+        wanted = {key: said for key, said in entries.items() if _KEY(key) and self.store.lookup(key) is None}
         results = {key: result for key, said in wanted.items() if (result := self._read(key, said)) is not None}
         self._fetched({digest for result in results.values() for digest in result.entry.outputs.values()})
         came = 0
@@ -248,6 +253,8 @@ class RemoteCache:
         if not self.policy.writes:
             return
         with self._changed:
+            if self._ends:
+                return
             self._sending.queue.append((key, entry))
             if self._sender is None:
                 self._sender = threading.Thread(target=self._send_all, name="remote-sender", daemon=True)
@@ -271,7 +278,7 @@ class RemoteCache:
                 if progress is not None:
                     progress(len(self._sending.queue) + self._sending.active)
         dropped = self.counts.dropped
-        if dropped:
+        if dropped and not self._available.is_closed(Way.WRITE):  # else it was told that nothing is sent any more
             self._tell_once(
                 f"{dropped} {'entry was' if dropped == 1 else 'entries were'} not sent to {self.remote.name}"
                 "\n  → type `doit cache push` when it answers again"
@@ -283,7 +290,7 @@ class RemoteCache:
             self._ends = True
             self._sending.queue.clear()
             self._changed.notify_all()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
         with suppress(RemoteError):
             self.remote.close()
 
@@ -301,6 +308,9 @@ class RemoteCache:
                 self._send(taken)
             except StoreError:
                 self._count(dropped=len(taken))
+            except Exception as error:  # one that cannot be sent must not keep `finish` waiting for the others
+                self._count(dropped=len(taken))
+                self._tell_once(f"what cannot be sent to {self.remote.name} stays here: {first_line(error)}")
             finally:
                 with self._changed:
                     self._sending.active = 0
@@ -374,12 +384,16 @@ class RemoteCache:
             for name, number in more.items():
                 setattr(self.counts, name, getattr(self.counts, name) + number)
 
+    def _tell(self, sentence: str) -> None:
+        if not self._ends:  # what ends as it was closed is no news
+            self.say(sentence)
+
     def _tell_once(self, sentence: str) -> None:
         with self._changed:
             if sentence in self._told:
                 return
             self._told.add(sentence)
-        self.say(sentence)
+        self._tell(sentence)
 
 
 def opened(store: Store, settings: Settings) -> RemoteCache:

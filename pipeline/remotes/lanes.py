@@ -17,6 +17,7 @@ it has written, and whenever it has something to send, so that none stays out.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import secrets
 import socket
@@ -37,6 +38,7 @@ _TRIES = 5  # at being among the writers
 _SETTLED, _TIMES = 0.1, 3.0  # seconds, and times what writing took, until nobody else can still be about to write
 _LEASED = 600.0  # seconds for which a lease holds where nobody gives it back
 _LARGEST = 512 << 20  # bytes of a bundle, unpacked
+_MOST = 4096  # writers and, of one lane, bundles that are looked at
 _KEY = re.compile(r"[0-9a-f]{64}").fullmatch
 _NAME = 32  # bytes of a member's digest
 
@@ -60,8 +62,7 @@ class Lanes:
         if not self._cache.policy.reads:
             return 0
         with self._locked():
-            lanes = [self._look(_LANE, writer=writer) for writer in self._writers() if writer != self._writer()]
-            bundles = [digest for lane in lanes if lane is not None for digest in lane.outputs.values()]
+            bundles = self._bundles_of([writer for writer in self._writers() if writer != self._writer()])
             read = self._read_bundles()
             unread = [digest for digest in bundles if digest.hash not in read]
             self._cache.blobs(unread)
@@ -117,7 +118,10 @@ class Lanes:
         """Whether somebody else has a lease now. One that ends later than any does was written by a clock that is
         ahead: to do work twice is better than never to do it."""
         run, until = lease.components.get("run"), lease.components.get("until")
-        left = until - self._now() if isinstance(until, int | float) else 0.0
+        try:
+            left = float(until) - self._now() if isinstance(until, int | float) else 0.0
+        except OverflowError:
+            return False
         return run not in ("", self._run) and 0 < left <= 2 * _LEASED
 
     # this store's lane
@@ -168,8 +172,8 @@ class Lanes:
         unpacker = zlib.decompressobj()
         try:
             text = unpacker.decompress(data, _LARGEST)
-            return msgspec.msgpack.decode(text, type=Members) if unpacker.eof else None
-        except (zlib.error, msgspec.DecodeError):
+            return _checked(msgspec.msgpack.decode(text, type=Members)) if unpacker.eof else None
+        except (zlib.error, msgspec.DecodeError, ValueError, TypeError, RecursionError):
             return None
 
     def _unknown(self, known: set[bytes]) -> Members:
@@ -185,6 +189,13 @@ class Lanes:
     # the lanes of others
 
     _new = 0
+
+    def _bundles_of(self, writers: list[str]) -> list[Digest]:
+        """The bundles of others, as far as they can be believed to be some: what is larger is not even fetched."""
+        keys = [_document(_LANE, {"writer": writer}) for writer in writers[:_MOST]]
+        found = self._cache.look_all(keys)
+        lanes = [found[key] for key in keys if key in found and found[key].stage == _LANE]
+        return [each for lane in lanes for each in list(lane.outputs.values())[:_MOST] if each.size <= _LARGEST]
 
     def _take(self, bundle: Digest) -> bool:
         """Puts a bundle's members into this store's sets; whether it was one."""
@@ -270,6 +281,13 @@ class Lanes:
         self._new = 0
         with self._store.locked(f"lane-{self._folder.name}"):
             yield
+
+
+def _checked(members: Members) -> Members:
+    """Raises ValueError, TypeError or RecursionError where what is said of a set could not be written down as JSON."""
+    for about, _ in members.values():
+        json.dumps(about, sort_keys=True, default=str)
+    return members
 
 
 def _document(what: str, names: Mapping[str, str]) -> str:

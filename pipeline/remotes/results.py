@@ -17,6 +17,7 @@ which keep a result only as long as they have its files; people see the entry as
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -26,6 +27,7 @@ from pipeline.remotes.messages import ActionResult
 from pipeline.store import ActionEntry
 
 _SIGNATURE = "signature "
+_SIGNATURES = 64  # on one entry, at most: to look at each takes time
 _LARGEST = 64 << 20  # bytes of an entry's text that are read; the largest that is written has some hundred thousand
 
 
@@ -89,10 +91,20 @@ def from_said(key: str, said: bytes) -> Result:
         check, text, *signed = said.decode().splitlines(keepends=True)
         entry_bytes = (check + text).encode()
         entry = ActionEntry.from_bytes(key, entry_bytes)
+        if len(signed) > _SIGNATURES:
+            raise ValueError(f"{len(signed)} signatures")
         signatures = tuple(_signature(line) for line in signed)
+        _require_plain(entry.outputs)
     except ValueError as error:
         raise GarbledError(f"it is no entry of this key: {error}") from error
     return Result(entry, entry_bytes, signatures)
+
+
+def _require_plain(names: Iterable[str]) -> None:
+    """Outputs may become files somewhere, of these names: none may lead elsewhere, nor be one that cannot be sent."""
+    for name in names:
+        if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise ValueError(f"an output of the name {ascii(name)[:80]}")
 
 
 def _signature(line: str) -> Signature:

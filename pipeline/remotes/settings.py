@@ -11,9 +11,9 @@ workspace may not loosen it.
 from __future__ import annotations
 
 import enum
+import math
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +132,7 @@ def load(workspace: Path | None, environment: Mapping[str, str] = os.environ) ->
         secrets={"token": token} if token else None,
         trusted=keys,
         signature_required=bool(keys) if trust.required is None else trust.required,
-        sign_with=Path(sign_with).expanduser() if sign_with else None,
+        sign_with=Path(os.path.expanduser(sign_with)) if sign_with else None,
         max_bytes=size_of(store.size) if store.size else None,
         max_age=age_of(store.age) if store.age else None,
     )
@@ -142,10 +142,13 @@ def load(workspace: Path | None, environment: Mapping[str, str] = os.environ) ->
 
 def _users_file(environment: Mapping[str, str]) -> Path:
     if chosen := environment.get("TVMAKE_CONFIG"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     # What platformdirs answers, without the milliseconds that it takes: a build with nothing to do asks as well.
-    home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return Path(home, "tvmake", FILE)
+    home = environment.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(home):
+        home = os.path.expanduser("~/.config")
+    # Who has no home has no file: one relative to where a build runs would be the workspace's to write.
+    return Path(home if os.path.isabs(home) else "/nonexistent", "tvmake", FILE)
 
 
 def _from(environment: Mapping[str, str]) -> RemoteTable:
@@ -164,6 +167,8 @@ def _read(path: Path, is_users: bool) -> File:
         return File()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    import tomllib  # not for a build with nothing to do, where there is no file
+
     try:
         read = msgspec.convert(tomllib.loads(text), File)
     except tomllib.TOMLDecodeError as error:
@@ -190,12 +195,13 @@ def _policies() -> str:
 
 def _require_sensible(settings: Settings) -> None:
     for name, seconds in (("connect", settings.connect), ("stall", settings.stall)):
-        if not seconds > 0:
-            raise ConfigError(f"remote.{name} is {seconds}", hint="give seconds, more than 0")
+        if not 0 < seconds <= _LONGEST:
+            raise ConfigError(f"remote.{name} is {seconds}", hint=f"give seconds, more than 0, {_LONGEST:,} at most")
     if settings.signature_required and not settings.trusted:
         raise ConfigError("trust.required is true and no key is trusted", hint='list some: keys = ["ed25519:…"]')
 
 
+_LONGEST = 86400  # seconds that one may wait for a remote
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*([\d.]+)\s*([KMGT]I?)?B?\s*", re.IGNORECASE)
 _SPANS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -207,16 +213,18 @@ def size_of(text: str) -> int:
     if (match := _SIZE.fullmatch(text)) is not None:
         try:
             return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    raise ConfigError(f"{text!r} is no size", hint='write a size such as "20 GB" or "512 MiB"')
+    raise ConfigError(f"{text[:40]!r} is no size", hint='write a size such as "20 GB" or "512 MiB"')
 
 
 def age_of(text: str) -> float:
     """60 days → 5,184,000 (seconds). Raises ConfigError."""
     if (match := _SPAN.fullmatch(text)) is not None:
         try:
-            return float(match[1]) * _SPANS[match[2].lower()]
+            seconds = float(match[1]) * _SPANS[match[2].lower()]
         except ValueError:
-            pass
-    raise ConfigError(f"{text!r} is no span of time", hint='write a span such as "60 days" or "12 h"')
+            seconds = math.inf
+        if seconds < math.inf:
+            return seconds
+    raise ConfigError(f"{text[:40]!r} is no span of time", hint='write a span such as "60 days" or "12 h"')

@@ -103,6 +103,7 @@ class Stage:
     home: Home
     tools: tuple[str, ...] = ()
     alone: bool = False  # whether it times something, so that nothing else of the build may run meanwhile
+    makes: tuple[str, ...] = ()  # outputs of which every result has at least one; none where there may be nothing
 
     def load(self) -> Run:
         run: Run = importlib.import_module(f"pipeline.stages.{self.name}").run
@@ -111,26 +112,29 @@ class Stage:
 
 _TVM = ("tvm", "tvm-ffi", "libtvm")
 
-RESOLVE = Stage("resolve", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "host"))
-READ_FILE = Stage("read", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "torch"))  # a model that is a file
-READ = Stage("read", 2, Kind.SOURCE, Home.COMPILER)  # a model that a function of the user's makes
-EXTRACT = Stage("extract", 3, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "onnxsim", "torch"))
-BINDINGS = Stage("bindings", 1, Kind.BINARY, Home.COMPILER, _TVM)
-RECORDS = Stage("records", 2, Kind.BINARY, Home.COMPILER, _TVM)
+RESOLVE = Stage("resolve", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "host"), makes=("target",))
+# Of a model that is a file, and of one that a function of the user's makes.
+READ_FILE = Stage("read", 2, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "torch"), makes=("beside",))
+READ = Stage("read", 2, Kind.SOURCE, Home.COMPILER)
+EXTRACT = Stage("extract", 3, Kind.BINARY, Home.COMPILER, (*_TVM, "onnx", "onnxsim", "torch"), makes=("plan",))
+BINDINGS = Stage("bindings", 1, Kind.BINARY, Home.COMPILER, _TVM, makes=("bindings",))
+RECORDS = Stage("records", 2, Kind.BINARY, Home.COMPILER, _TVM, makes=("unread",))
 CLAIM = Stage("claim", 2, Kind.BINARY, Home.COMPILER, _TVM)
 EXPORT = Stage("export", 1, Kind.BINARY, Home.COMPILER, _TVM)
-SHIM = Stage("shim", 1, Kind.BINARY, Home.FRESH, ("cc",))
+SHIM = Stage("shim", 1, Kind.BINARY, Home.FRESH, ("cc",), makes=("object",))
 APPLY = Stage("apply", 2, Kind.BINARY, Home.COMPILER, _TVM)
 SEARCH = Stage("search", 1, Kind.BINARY, Home.COMPILER, _TVM)
 LEARN = Stage("learn", 1, Kind.BINARY, Home.COMPILER, _TVM)
-CODEGEN = Stage("codegen", 2, Kind.BINARY, Home.COMPILER, _TVM)
-CC = Stage("cc", 1, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
-MEASURE = Stage("measure", 2, Kind.DECISION, Home.RUNNER, alone=True)
+CODEGEN = Stage("codegen", 2, Kind.BINARY, Home.COMPILER, _TVM, makes=("object", "source"))
+CC = Stage("cc", 1, Kind.BINARY, Home.FRESH, (*_TVM, "cc"), makes=("object",))
+MEASURE = Stage("measure", 2, Kind.DECISION, Home.RUNNER, alone=True, makes=("trials",))
 PACK = Stage("pack", 2, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
-EMBED = Stage("embed", 1, Kind.BINARY, Home.COMPILER, _TVM)
-LINK = Stage("link", 2, Kind.BINARY, Home.INLINE, ("cc",))
-CHECK = Stage("check", 2, Kind.BINARY, Home.FRESH, (*_TVM, "host", "onnx", "onnxruntime", "torch"))
-PROFILE = Stage("profile", 2, Kind.DECISION, Home.FRESH, alone=True)
+EMBED = Stage("embed", 1, Kind.BINARY, Home.COMPILER, _TVM, makes=("object",))
+LINK = Stage("link", 2, Kind.BINARY, Home.INLINE, ("cc",), makes=("library",))
+CHECK = Stage(
+    "check", 2, Kind.BINARY, Home.FRESH, (*_TVM, "host", "onnx", "onnxruntime", "torch"), makes=("reference",)
+)
+PROFILE = Stage("profile", 2, Kind.DECISION, Home.FRESH, alone=True, makes=("profile",))
 DUMP = Stage("dump", 2, Kind.BINARY, Home.COMPILER, EXTRACT.tools)
 
 STAGES = (

@@ -91,10 +91,13 @@ class Store:
         return digest
 
     def receive(self, digest: Digest, pieces: Iterable[bytes]) -> bool:
-        """Takes in a blob from elsewhere; whether the pieces are its very bytes. Others are not kept, nor read on."""
+        """Takes in a blob from elsewhere; whether the pieces are its very bytes. Others are not kept, nor read on.
+
+        It need not outlive a power failure: what is torn then is found when it is read, and fetched again.
+        """
         hasher, left = hashlib.sha256(), digest.size
-        path = self._blob(digest)
-        with self._explained(f"writing blob {digest}"), contextlib.suppress(_AlienError), self._written(path) as out:
+        written = self._written(self._blob(digest), sync=False)
+        with self._explained(f"writing blob {digest}"), contextlib.suppress(_AlienError), written as out:
             for piece in pieces:
                 hasher.update(piece)
                 left -= len(piece)
@@ -176,9 +179,10 @@ class Store:
 
     # action entries
 
-    def commit(self, key: str, entry: ActionEntry) -> None:
-        """Records what an action made. Its blobs must be in the store already."""
-        with self._explained(f"writing entry {key[:12]}"), self._written(self._entry(key)) as out:
+    def commit(self, key: str, entry: ActionEntry, sync: bool = True) -> None:
+        """Records what an action made. Its blobs must be in the store already. Without `sync` a power failure may lose
+        it: for what can be fetched again."""
+        with self._explained(f"writing entry {key[:12]}"), self._written(self._entry(key), sync) as out:
             out.write(entry.to_bytes(key))
 
     def lookup(self, key: str) -> ActionEntry | None:
@@ -274,9 +278,9 @@ class Store:
         return StoreError(f"{self.root}, or a part of it, is not a folder", hint="set TVMAKE_CACHE to a folder")
 
     @contextlib.contextmanager
-    def _written(self, final: Path) -> Iterator[BinaryIO]:
+    def _written(self, final: Path, sync: bool = True) -> Iterator[BinaryIO]:
         temporary = self._scratch / scratch_name()
-        with written_atomically(temporary, self._scratch, self.durable) as out:
+        with written_atomically(temporary, self._scratch, self.durable and sync) as out:
             yield out
         self._place(temporary, final)
 

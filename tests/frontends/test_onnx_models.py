@@ -139,4 +139,4 @@ def test_a_changed_recorded_case_is_checked_again(workspace: WorkspaceFolder) ->
     assert done.code == 1
     assert list(done.failures) == ["check:native:dense"]
     models.save_case(workspace.folder / "case", [X], [models.dense_of(X)])
-    assert workspace.build().good().ran == {"read": 1}
+    assert not workspace.build().good().ran

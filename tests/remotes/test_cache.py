@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import closures
 from pipeline.errors import RemoteError, Trouble
 from pipeline.hashing import Digest, key_of
 from pipeline.remotes import open_remote, results, trust
@@ -336,3 +337,50 @@ def test_closing_drops_what_was_not_sent(tmp_path: Path, shared: Path) -> None:
     machine.cache.close()
     stop.set()
     machine.cache.close()
+
+
+def test_a_closure_cannot_write_outside_of_the_store(tmp_path: Path, one: Machine, other: Machine) -> None:
+    victim = tmp_path / "precious"
+    victim.write_text("precious")
+    key = "../precious"
+    entry = ActionEntry("codegen", {}, {"o": one.store.put(b"code")}, 1.0)
+    assert other.cache.fetch({key: entry.to_bytes(key), "a\0b": entry.to_bytes("a\0b")}) == 0
+    assert victim.read_text() == "precious"
+
+
+def test_a_closure_that_is_too_large_is_not_even_fetched(
+    one: Machine, other: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = one.store.put(closures.Closure(()).to_bytes())
+    one.cache.publish(KEY, ActionEntry(closures.STAGE, {}, {"entries": blob}, 0.0))
+    one.finish()
+    assert closures.ask(other.cache, other.store, KEY) is not None
+    monkeypatch.setattr(closures, "_LARGEST", 3)
+    assert closures.ask(other.cache, other.store, KEY) is None
+
+
+def test_what_cannot_be_sent_does_not_keep_the_rest_from_being_sent(one: Machine, other: Machine) -> None:
+    blob = one.store.put(b"code")
+    one.cache.publish(key_of({"x": 1}), ActionEntry("codegen", {}, {"\ud800": blob}, 1.0))
+    one.finish()
+    assert any("cannot be sent" in said for said in one.said)
+    entry = one.make()
+    one.finish()
+    assert other.cache.find(KEY) == entry
+
+
+def test_one_that_is_closed_says_nothing_more(tmp_path: Path, shared: Path) -> None:
+    asked, stop = threading.Event(), threading.Event()
+
+    def fault(what: str) -> None:
+        asked.set()
+        stop.wait(10)
+        away(what)
+
+    machine = Machine(tmp_path / "m", shared, fault=fault)
+    machine.make()
+    assert asked.wait(10)
+    machine.cache.close()
+    stop.set()
+    machine.finish()
+    assert not machine.said

@@ -6,8 +6,10 @@ import multiprocessing
 import shutil
 import threading
 import time
+import zlib
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pipeline.hashing import key_of
@@ -215,3 +217,61 @@ def test_of_many_that_ask_at_once_one_gets_a_lease(tmp_path: Path, shared: Path)
 def test_without_the_remote_everybody_may(one: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     assert lanes(one, tmp_path / "file" / "shared").lease(CONV)
+
+
+def _hostile(writer: Path, shared: Path, bundle: bytes) -> None:
+    """Has a remote hold a bundle of these bytes, in a lane of a writer that is listed."""
+    ours = lanes(writer, shared)
+    blob = ours._store.put(zlib.compress(bundle))
+    assert ours._send("writers", {"writers": ["evil"]}, {})
+    assert ours._send("lane", {}, {"0": blob}, writer="evil")
+
+
+def _packed(about: object) -> bytes:
+    return msgspec.msgpack.encode({CONV: (about, [b"m"])})
+
+
+DEEP = b"\x81" + msgspec.msgpack.encode(CONV) + b"\x92\x81\xa1a" + b"\x91" * 5000 + b"\xc0\x91\xc4\x01m"
+ALIEN = b"\x81" + msgspec.msgpack.encode(CONV) + b"\x92\x81\xa1\xff\xc0\x91\xc4\x01m"
+
+
+@pytest.mark.parametrize(
+    "bundle",
+    [
+        _packed({"a": {1: 2, "b": 3}}),
+        _packed({"a": {b"x": 2}}),
+        _packed([1]),
+        DEEP,
+        ALIEN,
+        msgspec.msgpack.encode([1, 2]),
+        msgspec.msgpack.encode({CONV: ({}, ["text"])}),
+    ],
+)
+def test_a_hostile_bundle_is_passed_over(tmp_path: Path, other: Path, shared: Path, bundle: bytes) -> None:
+    _hostile(tmp_path / "evil", shared, bundle)
+    assert lanes(other, shared).gather() == 0
+    assert members(other) == set()
+
+
+def test_what_calls_itself_a_set_and_is_none_is_passed_over(tmp_path: Path, other: Path, shared: Path) -> None:
+    named = {key: ({}, [b"m"]) for key in ("../../evil", "a\0b", "A" * 64, CONV)}
+    _hostile(tmp_path / "evil", shared, msgspec.msgpack.encode(named))
+    assert lanes(other, shared).gather() == 1
+    assert Store(other).sets.all_keys() == [CONV]
+
+
+def test_a_bundle_that_is_too_large_is_not_fetched(
+    one: Path, other: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(one, b"a")
+    lanes(one, shared).publish()
+    monkeypatch.setattr("pipeline.remotes.lanes._LARGEST", 3)
+    theirs = lanes(other, shared)
+    assert theirs.gather() == 0
+    assert theirs._cache.counts.received == 0
+
+
+@pytest.mark.parametrize("until", [10**400, float("nan"), "soon", None, True, [1]])
+def test_a_lease_until_no_time_at_all_is_none(one: Path, other: Path, shared: Path, until: object) -> None:
+    lanes(one, shared)._send("lease", {"run": "evil", "until": until}, {}, set=CONV)
+    assert lanes(other, shared).lease(CONV)

@@ -71,3 +71,24 @@ def test_what_an_entry_names_must_be_digests(digest: Digest) -> None:
 def test_a_result_proves_nothing_under_another_key() -> None:
     with pytest.raises(GarbledError, match="check"):
         results.from_document(OTHER, results.to_document(SIGNED))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/x", "a/../../x", "a//b", "", ".", "a\\b", "a\0b", "a\nb", "\ud800", "kernels/../../x"]
+)
+def test_outputs_whose_names_lead_elsewhere_are_refused(name: str) -> None:
+    entry = ActionEntry("dump", {}, {name: Digest.of(b"x")}, 1.0)
+    with pytest.raises(GarbledError):
+        results.from_said(KEY, entry.to_bytes(KEY))
+
+
+def test_outputs_may_lie_in_folders() -> None:
+    entry = ActionEntry("dump", {}, {"01 import/main.py": Digest.of(b"x"), "größe.txt": Digest.of(b"y")}, 1.0)
+    assert results.from_said(KEY, entry.to_bytes(KEY)).entry == entry
+
+
+def test_signatures_without_end_are_not_looked_at() -> None:
+    line = b"signature ed25519:AAAA BBBB\n"
+    assert len(results.from_said(KEY, ENTRY.to_bytes(KEY) + line * 64).signatures) == 64
+    with pytest.raises(GarbledError, match="65 signatures"):
+        results.from_said(KEY, ENTRY.to_bytes(KEY) + line * 65)

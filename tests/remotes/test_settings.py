@@ -94,3 +94,39 @@ def test_a_policy_that_is_none_is_told(users: Path) -> None:
 
 def test_secrets_are_not_shown(users: Path) -> None:
     assert "hush" not in repr(settings(None, users, TVMAKE_REMOTE="http://h", TVMAKE_REMOTE_TOKEN="hush"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[remote]\nconnect = inf",
+        "[remote]\nstall = 1e300",
+        "[remote]\nconnect = nan",
+        "[remote]\nstall = 0",
+        f'[store]\nsize = "{"9" * 400}"',
+        f'[store]\nage = "{"9" * 400} days"',
+        '[store]\nsize = "."',
+    ],
+)
+def test_figures_that_cannot_be_meant_are_told(users: Path, text: str) -> None:
+    users.write_text(text)
+    with pytest.raises(ConfigError) as told:
+        settings(None, users)
+    assert len(str(told.value)) < 200
+
+
+def test_who_has_no_home_has_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor may a workspace bring one along where the user's would be looked for relative to it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it answers where there is no home
+    for folder in ("~/.config/tvmake", "own/tvmake"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "tvmake.toml").write_text('[remote]\nurl = "file:///evil"\n')
+    assert load(None, {}).url is None
+    assert load(None, {"XDG_CONFIG_HOME": "own"}).url is None
+
+
+def test_a_user_that_there_is_not_is_no_crash(users: Path) -> None:
+    users.write_text('[trust]\nsign_with = "~nobody-of-this-name/key.pem"\n')
+    assert settings(None, users).sign_with is not None
+    assert load(None, {"TVMAKE_CONFIG": "~nobody-of-this-name/tvmake.toml"}).url is None
