@@ -9,24 +9,27 @@ A build does most of this by itself; these are for who wants it done at a time o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import closures
+from pipeline.build import Build
 from pipeline.errors import ConfigError, NotBuiltError, TvmakeError
 from pipeline.hashing import Digest
+from pipeline.memoizer import Memoizer
 from pipeline.processor import device
 from pipeline.remotes.results import Signature
 from pipeline.remotes.trust import signer, trusting
-from pipeline.store import carry
+from pipeline.store import Store, carry
 from pipeline.store.inventory import Progress
-from pipeline.store.usage import RemoteUsage, StageUsage, UsageCounts
+from pipeline.store.usage import RemoteUsage, StageUsage, Usage, UsageCounts
 from pipeline.tuning.ledger import Ledger
+from pipeline.tuning.records import decoded
 
 if TYPE_CHECKING:
-    from pipeline.memoizer import Memoizer
     from pipeline.models import Model
     from pipeline.remotes.cache import RemoteCache
     from pipeline.workspace import Workspace
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 Pairs = Sequence[tuple[str, "Model"]]
 Left = Callable[[int], None]  # is told how many entries are left
 _SIGNATURE = ".sig"
+TUNE = "tune"  # what tuning is called among stages, where runs are counted
 
 
 @dataclass
@@ -122,11 +126,12 @@ def lookup(workspace: Workspace, pairs: Pairs) -> list[Moved]:
 def _wanted(workspace: Workspace, remote: RemoteCache, target: str, model: Model) -> dict[str, str]:
     """The keys of an artifact's actions, and what a person calls them: as this machine found them, or else as others
     told."""
-    build = workspace.build
+    known = workspace.build.memoizer
+    here = Build(workspace.folder, Memoizer(known.store, known.workers, known.toolchain))  # which fetches nothing
     try:
-        return {key: f"{entry.stage} of {subject}" for key, (subject, entry) in build.found(target, model).items()}
+        return {key: f"{entry.stage} of {subject}" for key, (subject, entry) in here.found(target, model).items()}
     except NotBuiltError:
-        content, _ = build.closure_keys(target, model)
+        content, _ = workspace.build.closure_keys(target, model)
         if (told := closures.ask(remote, workspace.store, content)) is None:
             raise
         return {part.key: part.subject for part in told.parts}
@@ -172,7 +177,8 @@ def export(workspace: Workspace, pairs: Pairs, path: Path, progress: Progress | 
 def take_in(workspace: Workspace, path: Path, progress: Progress | None = None) -> carry.Carried:
     """Brings an exported file into the store. Raises ConfigError where this machine wants a signature that it lacks."""
     settings = workspace.settings
-    trust = trusting(settings.trusted, settings.signature_required)
+    own = [signer(settings.sign_with).public] if settings.sign_with is not None else []
+    trust = trusting([*settings.trusted, *own], settings.signature_required)
     if trust.required and not trust.believes_file(_digest(path), _signatures(_beside(path))):
         raise ConfigError(
             f"{path} is not signed by a key that this machine trusts",
@@ -201,6 +207,22 @@ def _signatures(path: Path) -> Iterable[Signature]:
 
 
 # what a run did
+
+
+def remember_tuning(store: Store, trials: int, seconds: float) -> None:
+    """Notes what a run of tuning tried, for `doit cache stats`."""
+    counts = UsageCounts({TUNE: StageUsage(misses=trials, seconds_spent=seconds)})
+    Usage(store.root).add(counts)
+
+
+def tuning_seconds(store: Store) -> float:
+    """What all tuning records of a store cost: seconds, on whatever machine. Reads them all."""
+    costs = 0.0
+    for key in store.sets.all_keys():
+        for _, data in store.sets.read(key):
+            with contextlib.suppress(ValueError):
+                costs += decoded(data).cost
+    return costs
 
 
 def usage(memoizer: Memoizer) -> UsageCounts:

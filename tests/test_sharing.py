@@ -364,13 +364,14 @@ def test_bazel_and_ours_share_a_server_at_once(machines: Machines, tmp_path: Pat
 
 
 def test_what_is_pushed_can_be_pulled(folder: dict[str, str], machines: Machines, tmp_path: Path) -> None:
-    one, other = machines({}), machines(folder)
+    one, other, watcher = machines({}), machines(folder), machines(folder)
     one.build().good()
     assert other.cache("lookup").code == 1
     pushed = one.cache("push", **folder).good()
     assert re.search(r"native:net: (\d+) of \1 entries sent", pushed.out)
     assert "0 of 0 entries sent" in one.cache("push", **folder).good().out, "it is there already"
-    assert re.search(r"native:net: (\d+) of \1 entries on the remote", other.cache("lookup").good().out)
+    assert re.search(r"native:net: (\d+) of \1 entries on the remote", watcher.cache("lookup").good().out)
+    assert len(list((watcher.workspace.cache / "ac").glob("*/*"))) <= 3, "to look is not to fetch"
     other.cache("pull").good()
     assert not other.build(forbid_tvm=True, TVMAKE_REMOTE="off").good().ran
     assert other.artifact() == one.artifact()

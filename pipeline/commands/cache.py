@@ -138,12 +138,15 @@ workspace, the settings or the machine is at fault, 130 interrupted.
 
 
 def _stats(workspace: Workspace, asked: Asked) -> int:
+    from pipeline.sharing import TUNE, tuning_seconds
     from pipeline.store import upkeep
-    from pipeline.store.usage import Usage
+    from pipeline.store.usage import StageUsage, Usage
 
     with _progress("looking at the store") as progress:
         sizes = upkeep.sizes(workspace.store, progress)
     usage = Usage(workspace.store.root).read()
+    tuned = usage.stages.setdefault(TUNE, StageUsage())
+    tuned.seconds_saved = max(0.0, tuning_seconds(workspace.store) - tuned.seconds_spent)
     if asked.json:
         print(msgspec.json.format(msgspec.json.encode({"store": dataclasses.asdict(sizes), "usage": usage})).decode())
     else:

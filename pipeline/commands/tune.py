@@ -126,6 +126,7 @@ at fault, 3 nothing could be measured, 4 all candidates of some operator were wr
             self._build(session)
             session.send()
             session.remember()
+            session.remember()
             session.sum_up()
             workspace.build.memoizer.watcher = None  # from here on the night says what happens
             built = tasks.built(workspace, pairs)
@@ -177,6 +178,7 @@ def _run(
     events: TextIO | None,
 ) -> int:
     """A night over these operators, and its exit code."""
+    from pipeline import sharing
     from pipeline.tuning import face, local
     from pipeline.tuning.ledger import Ledger
     from pipeline.tuning.scheduler import Scheduler
@@ -191,11 +193,12 @@ def _run(
         return OK
     watcher = face.watcher(sys.stderr, events)
     with _stopping(local.night(workspace, operators, terms, jobs, watcher)) as night:
-        code = _CODES[night.run().end]
+        ended = night.run()
+    sharing.remember_tuning(workspace.store, ended.trials, ended.elapsed)
     if workspace.lanes is not None:
         workspace.lanes.publish()
     _say_unread(ledger, operators)
-    return code
+    return _CODES[ended.end]
 
 
 def _say_unread(ledger: Ledger, operators: Sequence[Operator]) -> None:

@@ -403,8 +403,9 @@ def opened(store: Store, settings: Settings) -> RemoteCache:
     """
     assert settings.url is not None
     terms = Terms(settings.connect, settings.stall, settings.secrets or {})
-    trust = trusting(settings.trusted, settings.signature_required)
-    signs = signer(settings.sign_with) if settings.sign_with is not None and settings.policy.writes else None
+    signs = signer(settings.sign_with) if settings.sign_with is not None else None
+    own = [signs.public] if signs is not None else []
+    trust = trusting([*settings.trusted, *own], settings.signature_required)
     return RemoteCache(store, open_remote(settings.url, terms), settings.policy, _printed, trust, signs)
 
 

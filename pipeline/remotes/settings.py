@@ -61,8 +61,9 @@ class TrustTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[trust], in the user's file only.
 
     keys       public keys whose signatures are believed
-    required   whether what is not signed by one of them is refused; true where keys are listed and nothing is said
-    sign_with  a private key with which all that this machine writes is signed
+    required   whether what is not signed by one of them is refused; where nothing is said it is, if keys are listed or
+               this machine signs: who signs vouches for what it found as well
+    sign_with  a private key with which all that this machine writes is signed, and which it trusts
     """
 
     keys: tuple[str, ...] = ()
@@ -131,7 +132,7 @@ def load(workspace: Path | None, environment: Mapping[str, str] = os.environ) ->
         stall=next((table.stall for table in tables if table.stall is not None), Settings.stall),
         secrets={"token": token} if token else None,
         trusted=keys,
-        signature_required=bool(keys) if trust.required is None else trust.required,
+        signature_required=bool(keys or sign_with) if trust.required is None else trust.required,
         sign_with=Path(os.path.expanduser(sign_with)) if sign_with else None,
         max_bytes=size_of(store.size) if store.size else None,
         max_age=age_of(store.age) if store.age else None,
@@ -197,7 +198,7 @@ def _require_sensible(settings: Settings) -> None:
     for name, seconds in (("connect", settings.connect), ("stall", settings.stall)):
         if not 0 < seconds <= _LONGEST:
             raise ConfigError(f"remote.{name} is {seconds}", hint=f"give seconds, more than 0, {_LONGEST:,} at most")
-    if settings.signature_required and not settings.trusted:
+    if settings.signature_required and not settings.trusted and settings.sign_with is None:
         raise ConfigError("trust.required is true and no key is trusted", hint='list some: keys = ["ed25519:…"]')
 
 

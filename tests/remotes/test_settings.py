@@ -61,6 +61,12 @@ def test_whom_to_trust_is_the_machines_to_say(tmp_path: Path, users: Path) -> No
         settings(tmp_path, users)
 
 
+def test_who_signs_believes_only_what_is_signed(users: Path) -> None:
+    assert settings(None, users, TVMAKE_SIGN_WITH="/key.pem").signature_required
+    users.write_text("[trust]\nrequired = false\n")
+    assert not settings(None, users, TVMAKE_SIGN_WITH="/key.pem").signature_required
+
+
 def test_the_stores_bounds(users: Path) -> None:
     users.write_text('[store]\nsize = "1.5 GB"\nage = "60 days"\n')
     assert (settings(None, users).max_bytes, settings(None, users).max_age) == (1_500_000_000, 60 * 86400.0)
