@@ -200,9 +200,13 @@ ENTERS = {
     "inputs": [{}, {"y": Digest.of(b"x")}, {"x": Digest.of(b"y")}, {"x": Digest.of(b"x"), "y": Digest.of(b"x")}],
     "options": [{}, {"o": 2}, {"o": True}, {"o": "1"}, {"o": 1.0}, {"p": 1}, {"o": 1, "p": None}],
 }
-STAYS_OUT: dict[str, list[Any]] = {"subject": ["another name", ""], "timeout": [11.0]}
+STAYS_OUT: dict[str, list[Any]] = {
+    "subject": ["another name", ""],
+    "timeout": [11.0],
+    "places": [{"path": "elsewhere"}],
+}
 STAGE_ENTERS = {"name": ["other"], "version": [2], "kind": [Kind.DECISION], "tools": [(), ("cc",), ("tvm", "cc")]}
-STAGE_STAYS_OUT: dict[str, list[Any]] = {"home": [Home.FRESH, Home.INLINE], "alone": [True]}
+STAGE_STAYS_OUT: dict[str, list[Any]] = {"home": [Home.FRESH, Home.INLINE], "alone": [True], "makes": [("object",)]}
 
 
 def key(action: Action, toolchain: Toolchain = TOOLS) -> str:

@@ -76,7 +76,6 @@ class _Sending:
 
     queue: list[tuple[str, ActionEntry]] = field(default_factory=list)
     active: int = 0
-    bytes_done: int = 0
 
 
 class RemoteCache:
