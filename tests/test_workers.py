@@ -47,8 +47,18 @@ def crew(store: Store) -> Iterator[Workers]:
     assert children() == []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _others() -> None:
+    """Other tests may have started servers that still run."""
+    STRANGERS.update(child.pid for child in psutil.Process().children())
+
+
+STRANGERS: set[int] = set()
+
+
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    ours = [child for child in psutil.Process().children() if child.pid not in STRANGERS]
+    return [child for child in ours if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def action(stage: Double, timeout: float = 30, **options: object) -> Action:
