@@ -12,7 +12,6 @@ is found by the key that this machine computed itself. One that is out of date c
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline.hashing import Digest, key_of
+from pipeline.hashing import Digest, is_sha256, key_of
 from pipeline.store import ActionEntry
 from pipeline.types import ModelSource
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 STAGE = "closure"
 _VERSION = 1
 _LARGEST = 256 << 20  # bytes of a closure, unpacked: about 200,000 actions
-_KEY = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
@@ -68,7 +66,7 @@ class Closure:
                 raise ValueError("the closure is too large or truncated")
             parts = tuple(msgspec.json.decode(text, type=list[Part]))
             # A key is where an entry lies in the store: what is none could lead out of it.
-            if not all(_KEY(part.key) for part in parts):
+            if not all(is_sha256(part.key) for part in parts):
                 raise ValueError("it is no closure: what it calls a key is none")
             return cls(parts)
         except (zlib.error, msgspec.DecodeError) as error:

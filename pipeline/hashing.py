@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ from pathlib import Path
 import xxhash
 
 _CHUNK = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}").fullmatch
+
+
+def is_sha256(text: str) -> bool:
+    """Whether a text is a SHA-256 as keys and digests are written: 64 digits in lower-case hexadecimal."""
+    return _SHA256(text) is not None
 
 
 @dataclass(frozen=True, order=True, slots=True)

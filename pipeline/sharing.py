@@ -168,8 +168,8 @@ def export(workspace: Workspace, pairs: Pairs, path: Path, progress: Progress | 
         tuned = (Ledger.key_of(each.digest, attributes, device()) for each in workloads)
         sets.update(key for key in tuned if workspace.store.sets.names(key))
     carried = carry.export(workspace.store, keys, sets, path, progress)
-    if workspace.settings.sign_with is not None:
-        signature = signer(workspace.settings.sign_with).sign_file(Digest.of_file(path))
+    if (signs := signer(workspace.settings.sign_with)) is not None:
+        signature = signs.sign_file(Digest.of_file(path))
         _beside(path).write_text(f"{signature.by} {signature.over}\n")
     return carried
 
@@ -177,8 +177,7 @@ def export(workspace: Workspace, pairs: Pairs, path: Path, progress: Progress | 
 def take_in(workspace: Workspace, path: Path, progress: Progress | None = None) -> carry.Carried:
     """Brings an exported file into the store. Raises ConfigError where this machine wants a signature that it lacks."""
     settings = workspace.settings
-    own = [signer(settings.sign_with).public] if settings.sign_with is not None else []
-    trust = trusting([*settings.trusted, *own], settings.signature_required)
+    trust = trusting(settings.trusted, settings.signature_required, signer(settings.sign_with))
     if trust.required and not trust.believes_file(_digest(path), _signatures(_beside(path))):
         raise ConfigError(
             f"{path} is not signed by a key that this machine trusts",

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import StoreError, explain_os_error
-from pipeline.hashing import Digest
+from pipeline.hashing import Digest, is_sha256
 
 _LARGEST = (1 << 63) - 1  # size of a blob that protocols can say
-_PLAIN = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 def is_digest(digest: Digest) -> bool:
     """Whether a digest is one. What an entry from elsewhere calls a blob may be anything, even a path."""
     hash_, size = digest.hash, digest.size
-    return isinstance(hash_, str) and bool(_PLAIN(hash_)) and isinstance(size, int) and 0 <= size <= _LARGEST
+    return isinstance(hash_, str) and bool(is_sha256(hash_)) and isinstance(size, int) and 0 <= size <= _LARGEST
 
 
 def plain(name: str | Digest) -> str:
     """A key or a digest's hash, as it stands in paths and URLs. Raises ValueError on anything else, such as `../x`."""
     text = name.hash if isinstance(name, Digest) else name
-    if not _PLAIN(text):
+    if not is_sha256(text):
         raise ValueError(f"{text[:80]!r} is no SHA-256 in lower-case hexadecimal")
     return text
 

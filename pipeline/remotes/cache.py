@@ -10,7 +10,6 @@ miss and nothing in between. What a remote does wrong costs time: it is counted,
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import threading
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import ConfigError, RemoteError, StoreError, Trouble, first_line
-from pipeline.hashing import Digest
+from pipeline.hashing import Digest, is_sha256
 from pipeline.remotes import open_remote, results
 from pipeline.remotes.availability import Availability, Way
 from pipeline.remotes.contract import Remote, Terms
@@ -38,7 +37,6 @@ T = TypeVar("T")
 
 _TRANSFERS = 16  # at once
 _TOGETHER = 64  # actions whose blobs are asked about in one question
-_KEY = re.compile(r"[0-9a-f]{64}").fullmatch
 _SHARE_OF_DISK = 0.5  # of what is free: a blob that says to be larger is not fetched
 
 
@@ -159,7 +157,7 @@ class RemoteCache:
 
         Keys may be what a remote told: what is none is passed over.
         """
-        wanted = {key: said for key, said in entries.items() if _KEY(key) and self.store.lookup(key) is None}
+        wanted = {key: said for key, said in entries.items() if is_sha256(key) and self.store.lookup(key) is None}
         results = {key: result for key, said in wanted.items() if (result := self._read(key, said)) is not None}
         self._fetched({digest for result in results.values() for digest in result.entry.outputs.values()})
         came = 0
@@ -402,9 +400,8 @@ def opened(store: Store, settings: Settings) -> RemoteCache:
     """
     assert settings.url is not None
     terms = Terms(settings.connect, settings.stall, settings.secrets or {})
-    signs = signer(settings.sign_with) if settings.sign_with is not None else None
-    own = [signs.public] if signs is not None else []
-    trust = trusting([*settings.trusted, *own], settings.signature_required)
+    signs = signer(settings.sign_with)
+    trust = trusting(settings.trusted, settings.signature_required, signs)
     return RemoteCache(store, open_remote(settings.url, terms), settings.policy, _printed, trust, signs)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import secrets
 import socket
 import time
@@ -28,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.hashing import Digest, key_of
+from pipeline.hashing import Digest, is_sha256, key_of
 from pipeline.remotes.cache import RemoteCache
 from pipeline.store import ActionEntry, Store
 
@@ -39,7 +38,6 @@ _SETTLED, _TIMES = 0.1, 3.0  # seconds, and times what writing took, until nobod
 _LEASED = 600.0  # seconds for which a lease holds where nobody gives it back
 _LARGEST = 512 << 20  # bytes of a bundle, unpacked
 _MOST = 4096  # writers and, of one lane, bundles that are looked at
-_KEY = re.compile(r"[0-9a-f]{64}").fullmatch
 _NAME = 32  # bytes of a member's digest
 
 Members = dict[str, tuple[dict[str, Any], list[bytes]]]  # of each set: what it is, and members
@@ -203,7 +201,7 @@ class Lanes:
         if members is None:
             return False
         for key, (about, listed) in members.items():
-            if _KEY(key):
+            if is_sha256(key):
                 before = self._store.sets.names(key)
                 self._new += len(set(self._store.sets.add(key, listed, about)) - before)
         self._add_known(member for _, listed in members.values() for member in listed)

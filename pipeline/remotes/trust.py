@@ -41,10 +41,12 @@ class Trust:
         return any(each.by in self.keys and holds(each, digest) for each in signatures)
 
 
-def trusting(keys: Iterable[str], required: bool) -> Trust:
-    """Raises ConfigError for what is no public key, so that a slip of the pen is told and not obeyed; SetupError where
+def trusting(keys: Iterable[str], required: bool, own: Signer | None = None) -> Trust:
+    """Whom a machine believes: those keys, and its own where it has one.
+
+    Raises ConfigError for what is no public key, so that a slip of the pen is told and not obeyed; SetupError where
     signatures are required and nothing here can tell them."""
-    keys = frozenset(keys)
+    keys = frozenset(keys) | ({own.public} if own is not None else set())
     if required:
         for key in sorted(keys):
             try:
@@ -55,9 +57,9 @@ def trusting(keys: Iterable[str], required: bool) -> Trust:
     return Trust(keys, required)
 
 
-def signer(path: Path) -> Signer:
-    """What signs with the private key of a file. Raises ConfigError where it cannot be used."""
-    made: Signer = _signatures().Signer.of_file(path)
+def signer(path: Path | None) -> Signer | None:
+    """What signs with the private key of a file, where there is one. Raises ConfigError where it cannot be used."""
+    made: Signer | None = _signatures().Signer.of_file(path) if path is not None else None
     return made
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.hashing import Digest
+from pipeline.hashing import Digest, is_sha256
 
 FORMAT = 1
-_HASH = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class ActionEntry:
 
 
 def _digest(hash_: object, size: object) -> Digest:
-    if not (isinstance(hash_, str) and _HASH(hash_) and type(size) is int and size >= 0):
+    if not (isinstance(hash_, str) and is_sha256(hash_) and type(size) is int and size >= 0):
         raise ValueError("an output that is no digest")
     return Digest(hash_, size)
 

@@ -31,7 +31,7 @@ from pipeline.hashing import Digest
 from pipeline.store.actions import ActionEntry
 from pipeline.store.files import written_atomically
 from pipeline.store.inventory import Progress
-from pipeline.store.local import Store, read_entry
+from pipeline.store.local import Store
 
 FORMAT = "tvmake carry, format 1\n"
 _MARKER = "TVMAKE_CARRY"
@@ -320,7 +320,7 @@ class _Intake:
             return
         document = b"".join(pieces)
         try:
-            entry = read_entry(key, document)
+            entry = ActionEntry.from_bytes(key, document)
         except ValueError:
             self.carried.count_wrong(name, "it is no entry of this key")
             return

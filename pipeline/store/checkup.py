@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import explain_os_error
+from pipeline.hashing import is_sha256
 from pipeline.store.actions import ActionEntry
 from pipeline.store.files import set_aside
-from pipeline.store.inventory import NAME, Inventory, Progress, take_inventory
+from pipeline.store.inventory import Inventory, Progress, take_inventory
 from pipeline.store.local import Store
 from pipeline.store.pins import Pins
 
@@ -221,8 +222,8 @@ def _sets(root: Path) -> Iterator[tuple[str, int, int]]:
     """Every set: its key, how many members its folder lists, and their bytes."""
     for prefix in _listed(root / "sets"):
         for key in _listed(root / "sets" / prefix):
-            if key.startswith(prefix) and NAME(key):
-                yield key, *_files(root / "sets" / prefix / key, NAME)
+            if key.startswith(prefix) and is_sha256(key):
+                yield key, *_files(root / "sets" / prefix / key, is_sha256)
 
 
 def _listed(folder: Path) -> list[str]:

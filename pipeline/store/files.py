@@ -44,15 +44,20 @@ def written_atomically(final: Path, scratch: Path, sync: bool = True) -> Iterato
                 stream.flush()
                 os.fsync(stream.fileno())
         os.chmod(temporary, 0o444)
-        try:
-            os.replace(temporary, final)
-        except FileNotFoundError:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, final)
+        move(temporary, final)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def move(temporary: Path, final: Path) -> None:
+    """Gives a whole file its name, in place of what had it; makes the folder that it is to lie in."""
+    try:
+        os.replace(temporary, final)
+    except FileNotFoundError:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, final)
 
 
 def _new(path: Path) -> BinaryIO:

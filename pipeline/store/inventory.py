@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import explain_os_error
-from pipeline.store.local import read_entry, small_file
+from pipeline.hashing import is_sha256
+from pipeline.store.actions import ActionEntry
+from pipeline.store.local import small_file
 
 Progress = Callable[[int, int], None]
 
-NAME = re.compile(r"[0-9a-f]{64}").fullmatch
 _FOLDERS = tuple(f"{n:02x}" for n in range(256))
 _NAME_BYTES = 32
 
@@ -138,7 +138,7 @@ def _take_entries(inventory: Inventory, folder: str, prefix: str) -> None:
         except FileNotFoundError:
             continue
         try:
-            entry = read_entry(found.name, data)
+            entry = ActionEntry.from_bytes(found.name, data)
             outputs = [(bytes.fromhex(digest.hash), digest.size) for digest in entry.outputs.values()]
             seconds = float(entry.seconds)
         except (ValueError, OverflowError):
@@ -153,7 +153,7 @@ def _files(folder: str, prefix: str) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(prefix) and NAME(entry.name) and entry.is_file(follow_symlinks=False):
+                if entry.name.startswith(prefix) and is_sha256(entry.name) and entry.is_file(follow_symlinks=False):
                     yield entry
     except FileNotFoundError:
         return

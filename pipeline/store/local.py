@@ -6,22 +6,20 @@ import contextlib
 import errno
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import StoreError, explain_os_error
-from pipeline.hashing import Digest
+from pipeline.hashing import Digest, is_sha256
 from pipeline.store.actions import ActionEntry
-from pipeline.store.files import StoreCounts, remove_leftovers, scratch_name, set_aside, written_atomically
+from pipeline.store.files import StoreCounts, move, remove_leftovers, scratch_name, set_aside, written_atomically
 from pipeline.store.sets import Sets
 from pipeline.store.use import Use
 
 FORMAT = "tvmake store, format 1\n"
 _MARKER = "TVMAKE_STORE"
 _CHUNK = 1 << 20
-_NAME = re.compile(r"[0-9a-f]{64}").fullmatch
 _LOCK_SLOTS_DIGITS = 3  # 4096 files at most, however many actions are ever run
 
 
@@ -207,7 +205,7 @@ class Store:
         except OSError as error:
             raise explain_os_error(error, f"reading entry {key[:12]}") from error
         try:
-            return read_entry(key, data), data, stat.st_mtime
+            return ActionEntry.from_bytes(key, data), data, stat.st_mtime
         except ValueError:
             self._set_aside(self._entry(key), stat.st_ino)
             return None
@@ -288,11 +286,7 @@ class Store:
         """Gives a whole file its name, while nobody removes what had the name before."""
         try:
             with self.use.placing():
-                try:
-                    os.replace(temporary, final)
-                except FileNotFoundError:
-                    final.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(temporary, final)
+                move(temporary, final)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -302,7 +296,7 @@ class Store:
 
     def _blob_name(self, digest: Digest) -> str:
         # What an entry or a remote calls a blob may be anything, even a path: what is no SHA-256 lies nowhere.
-        name = digest.hash if _NAME(digest.hash) else "none"
+        name = digest.hash if is_sha256(digest.hash) else "none"
         return f"{self._folder}cas{os.sep}{name[:2]}{os.sep}{name}"
 
     def _blob(self, digest: Digest) -> Path:
@@ -336,23 +330,6 @@ def small_file(path: str) -> tuple[bytes, os.stat_result]:
         return os.read(descriptor, stat.st_size + 1), stat
     finally:
         os.close(descriptor)
-
-
-def read_entry(key: str, document: bytes) -> ActionEntry:
-    """The entry that a document holds. Raises ValueError, and nothing else, on what is none of this key's.
-
-    A check proves that nothing was damaged, not that an entry was ever written by this program: anybody can make one.
-    """
-    try:
-        entry = ActionEntry.from_bytes(key, document)
-        right = type(entry.stage) is str and 0 <= entry.seconds < float("inf")
-        for digest in entry.outputs.values():
-            right = right and type(digest.hash) is str and type(digest.size) is int
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"the document is no entry: {error}") from error
-    if not right:
-        raise ValueError("the entry has a value of another type than entries have")
-    return entry
 
 
 class _AlienError(Exception):

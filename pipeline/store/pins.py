@@ -16,11 +16,11 @@ from pathlib import Path
 import msgspec
 
 from pipeline.errors import ConfigError, explain_os_error
+from pipeline.hashing import is_sha256
 from pipeline.store.files import written_atomically
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,80}").fullmatch
-_KEY = re.compile(r"[0-9a-f]{64}").fullmatch
 _END = ".json"
 
 
@@ -47,7 +47,7 @@ class Pins:
         """Pins these keys under a name, in place of what had the name. Raises ConfigError for what is none."""
         pin = Pin(FORMAT, name, about, sorted(set(keys)))
         for key in pin.keys:
-            if not _KEY(key):
+            if not is_sha256(key):
                 raise ConfigError(f"the pin {name} names {key!r}, which is no key", hint="a key has 64 digits, 0-9 a-f")
         try:
             with written_atomically(self._path(name), self._scratch) as stream:
@@ -78,7 +78,7 @@ class Pins:
         """One pin, or None where there is none that can be read."""
         with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeError):
             pin = msgspec.json.decode((self._folder / f"{name}{_END}").read_bytes(), type=Pin)
-            if pin.format == FORMAT and all(map(_KEY, pin.keys)):
+            if pin.format == FORMAT and all(map(is_sha256, pin.keys)):
                 return pin
         return None
 

@@ -18,17 +18,15 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pipeline.errors import explain_os_error
-from pipeline.hashing import key_of
+from pipeline.hashing import is_sha256, key_of
 from pipeline.store.files import StoreCounts, set_aside, sync_folder, written_atomically
 
 _ABOUT = "about.json"
-_MEMBER = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 class Sets:
@@ -74,7 +72,7 @@ class Sets:
                 path.name
                 for above in (self._root / "sets").glob("[0-9a-f][0-9a-f]")
                 for path in above.iterdir()
-                if _MEMBER(path.name)
+                if is_sha256(path.name)
             )
 
     def names(self, key: str) -> frozenset[str]:
@@ -142,7 +140,7 @@ class Sets:
                     visible = [entry for entry in entries if entry.name != _ABOUT and not entry.name.startswith(".")]
             except FileNotFoundError:
                 return [], []
-            members = [each.name for each in visible if _MEMBER(each.name) and each.is_file(follow_symlinks=False)]
+            members = [each.name for each in visible if is_sha256(each.name) and each.is_file(follow_symlinks=False)]
         return members, [] if len(members) == len(visible) else sorted(
             {each.name for each in visible}.difference(members)
         )
