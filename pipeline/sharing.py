@@ -20,7 +20,6 @@ from pipeline.build import Build
 from pipeline.errors import ConfigError, NotBuiltError, TvmakeError
 from pipeline.hashing import Digest
 from pipeline.memoizer import Memoizer
-from pipeline.processor import device
 from pipeline.remotes.results import Signature
 from pipeline.remotes.trust import signer, trusting
 from pipeline.store import Store, carry
@@ -82,7 +81,7 @@ def push(workspace: Workspace, pairs: Pairs, left: Left) -> list[Moved]:
             remote.publish(key, found[key][1])
         remote.finish(left)
         moved.entries, moved.of = remote.counts.published - before, len(absent)
-        closures.publish(remote, workspace.store, found, workspace.build.closure_keys(target, model))
+        workspace.build.publish_closure(target, model, found)
         remote.finish(left)
     if workspace.lanes is not None:
         workspace.lanes.publish()
@@ -163,9 +162,9 @@ def export(workspace: Workspace, pairs: Pairs, path: Path, progress: Progress | 
     sets: set[str] = set()
     for target, model in pairs:
         keys.update(workspace.build.found(target, model))
-        attributes = workspace.build.target(target).attributes
+        resolved = workspace.build.target(target)
         workloads = workspace.build.plan(target, model).workloads
-        tuned = (Ledger.key_of(each.digest, attributes, device()) for each in workloads)
+        tuned = (Ledger.key_of(each.digest, resolved.attributes, resolved.device) for each in workloads)
         sets.update(key for key in tuned if workspace.store.sets.names(key))
     carried = carry.export(workspace.store, keys, sets, path, progress)
     if (signs := signer(workspace.settings.sign_with)) is not None:

@@ -12,7 +12,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from pipeline.hashing import Digest
 from pipeline.remotes import results
 from pipeline.store import ActionEntry
 from tests import servers
+from tests.remotes import doubles
 
 NET = 'Model.onnx("net", "net.onnx"),'
 KINDS = ("folder", "nginx", "casd", "gateway")
@@ -59,9 +61,10 @@ Machines = Callable[..., Machine]
 
 @pytest.fixture
 def machines(new_workspace: Callable[[], WorkspaceFolder]) -> Machines:
-    def make(environment: dict[str, str], activation: str = "Relu") -> Machine:
+    def make(environment: dict[str, str], activation: str = "Relu", more: int = 0) -> Machine:
+        """`more` layers of the last kind have weights of their own, and no operator."""
         workspace = new_workspace()
-        workspace.onnx("net.onnx", models.chain("Sigmoid", activation, "Tanh"))
+        workspace.onnx("net.onnx", models.chain("Sigmoid", activation, "Tanh", *["Tanh"] * more))
         workspace.dodo(NET)
         return Machine(workspace, environment)
 
@@ -125,6 +128,71 @@ def test_what_differs_is_compiled_and_nothing_else(remote: dict[str, str], machi
     one, other = machines(remote), machines(remote, "Exp")
     one.build().good()
     assert other.build().good().compiled == 1
+
+
+def test_another_machine_asks_a_few_times_however_much_it_lacks(machines: Machines) -> None:
+    with doubles.crooked() as server:
+        remote = {"TVMAKE_REMOTE": f"{server.url}/good"}
+        one, other, third = machines(remote, more=40), machines(remote, more=40), machines(remote, "Exp", more=40)
+        one.build().good()
+        held = [name for name in server.held if name.startswith("cas/")]
+        assert len(held) > 60
+        server.seen.clear()
+        assert not other.build(forbid_tvm=True).good().ran
+        asked = [path.removeprefix("/good/") for _, path, _ in server.seen]
+        assert len(asked) < len(held) / 3, asked
+        assert other.artifact() == one.artifact()
+
+        server.seen.clear()
+        done = third.build().good()
+        assert (done.compiled, done.cached) == (1, 2)
+        bundled = {name for name in asked if name in _bundles(server.held)}
+        assert bundled.intersection(path.removeprefix("/good/") for _, path, _ in server.seen), (
+            "what is alike comes too"
+        )
+
+
+def _bundles(held: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The bundles among what a remote holds, by their names."""
+    found = {}
+    for name, document in held.items():
+        kind, _, key = name.partition("/")
+        result = results.from_document(key, document) if kind == "ac" else None
+        if isinstance(result, results.Result) and result.entry.stage == "closure":
+            names = (f"cas/{each.hash}" for output, each in result.entry.outputs.items() if output != "entries")
+            found |= {name: held[name] for name in names}
+    return found
+
+
+def test_bundles_that_were_tampered_with_give_nothing_wrong(
+    folder: dict[str, str], machines: Machines, tmp_path: Path
+) -> None:
+    one = machines(folder, more=40)
+    one.build().good()
+    shared = tmp_path / "shared"
+    files = {str(path.relative_to(shared)): path for kind in ("ac", "cas") for path in (shared / kind).iterdir()}
+    before = _bundles({name: path.read_bytes() for name, path in files.items()})
+    assert len(before) >= 2, "of what was read, and of what was made of it"
+    names = list(before)
+    ways: dict[str, Callable[[str], bytes]] = {
+        "flipped": lambda name: before[name][:-9] + bytes([before[name][-9] ^ 1]) + before[name][-8:],
+        "truncated": lambda name: before[name][: len(before[name]) // 2],
+        "html": lambda name: b"<html><body>please log in</body></html>",
+        "swapped": lambda name: before[names[names.index(name) - 1]],
+        "other contents": lambda name: zlib.compress(bytes(len(zlib.decompress(before[name])))),
+        "one other byte": lambda name: zlib.compress(b"!" + zlib.decompress(before[name])[1:]),
+        "turned around": lambda name: zlib.compress(zlib.decompress(before[name])[::-1]),
+        "bomb": lambda name: zlib.compress(bytes(50 << 20)),
+    }
+    for how, changed in ways.items():
+        for name in names:
+            files[name].unlink()
+            files[name].write_bytes(changed(name))
+        other = machines({**folder, "TVMAKE_REMOTE_POLICY": "read-only"}, more=40)
+        done = other.build(forbid_tvm=True).good()
+        assert not done.ran, how
+        assert "WARNING" not in done.err, how
+        assert other.artifact() == one.artifact(), how
 
 
 def test_a_machine_that_reads_only_sends_nothing(folder: dict[str, str], machines: Machines, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import ConfigError, RemoteError, StoreError, Trouble, first_line
 from pipeline.hashing import Digest, is_sha256
-from pipeline.remotes import open_remote, results
+from pipeline.remotes import bundles, open_remote, results
 from pipeline.remotes.availability import Availability, Way
+from pipeline.remotes.bundles import Bundle
 from pipeline.remotes.contract import Remote, Terms
 from pipeline.remotes.hands import Hands
 from pipeline.remotes.results import GarbledError, Result
@@ -34,10 +35,23 @@ if TYPE_CHECKING:
     from pipeline.remotes.signatures import Signer
 
 T = TypeVar("T")
+Entry = ActionEntry | Callable[[], ActionEntry]  # what is yet to be made is made when it is sent
 
 _TRANSFERS = 16  # at once
 _TOGETHER = 64  # actions whose blobs are asked about in one question
+_NOTED = 1 << 16  # entries of which it is remembered where they came from, or why they were refused
+_WORTH = 4  # a bundle is fetched where at least one of so many of its blobs is not here
 _SHARE_OF_DISK = 0.5  # of what is free: a blob that says to be larger is not fetched
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an entry came from: the remote's name, and the public key whose signature it carries, "" where there is
+    none. `checked`: that signature was required, and holds."""
+
+    remote: str
+    signer: str = ""
+    checked: bool = False
 
 
 @dataclass
@@ -72,7 +86,7 @@ class RemoteCounts:
 class _Sending:
     """What waits to be sent."""
 
-    queue: list[tuple[str, ActionEntry]] = field(default_factory=list)
+    queue: list[tuple[str, Entry]] = field(default_factory=list)
     active: int = 0
 
 
@@ -107,7 +121,11 @@ class RemoteCache:
         self._sender: threading.Thread | None = None
         self._ends = False
         self._expected: Mapping[str, bytes] = {}
+        self._bundles: dict[Digest, Bundle] = {}  # by what lies in them
+        self._unbundling = threading.Lock()
         self._told: set[str] = set()
+        self.origins: dict[str, Origin] = {}  # by key, of entries that came
+        self.refused: dict[str, str] = {}  # by key, why an entry that is there was not taken
 
     # reading
 
@@ -121,16 +139,33 @@ class RemoteCache:
         result = self._result(key)
         if result is None and keep:
             self._count(misses=1)
-        if result is None or not self._fetched(result.entry.outputs.values()):
+        if result is None:
+            return None
+        if not self._fetched(result.entry.outputs.values()):
+            self._refuse(key, "not all that it made is there")
             return None
         if keep:
-            self._keep(key, result.entry)
+            self._keep(key, result)
         return result.entry
 
-    def _keep(self, key: str, entry: ActionEntry) -> None:
-        self.store.commit(key, entry, sync=False)
+    def _keep(self, key: str, result: Result) -> None:
+        self.store.commit(key, result.entry, sync=False)
+        origin = self._origin(key, result)
         with self._changed:
-            self.counts.fetched[entry.stage] += 1
+            self.counts.fetched[result.entry.stage] += 1
+            _note(self.origins, key, origin)
+            self.refused.pop(key, None)
+
+    def _origin(self, key: str, result: Result) -> Origin:
+        """Where an entry that is believed came from. Of several signatures the one counts that it is believed for."""
+        signers = [each.by for each in result.signatures if not self._trust.required or each.by in self._trust.keys]
+        if len(signers) > 1 and self._trust.required:
+            signers = [by for by in signers if Trust(frozenset({by}), True).believes(key, result)]
+        return Origin(self.remote.name, next(iter(signers), ""), self._trust.required and bool(signers))
+
+    def _refuse(self, key: str, why: str) -> None:
+        with self._changed:
+            _note(self.refused, key, why)
 
     def look(self, key: str) -> ActionEntry | None:
         """The entry of an action as the remote has it, believed, without its blobs."""
@@ -148,9 +183,14 @@ class RemoteCache:
         missing = self._asked(Way.READ, lambda: self.remote.missing(digests))
         return set(digests) if missing is None else missing
 
-    def expect(self, entries: Mapping[str, bytes]) -> None:
-        """Texts of entries that the remote is known to have: they need not be asked for one by one."""
-        self._expected = {**self._expected, **entries}
+    def expect(self, entries: Mapping[str, bytes], bundled: Iterable[Bundle] = ()) -> None:
+        """Texts of entries that the remote is known to have, and bundles of their blobs: what was told of need not be
+        asked for one by one."""
+        with self._changed:
+            self._expected = {**self._expected, **entries}
+        with self._unbundling:
+            for bundle in bundled:
+                self._bundles.update(dict.fromkeys(bundle.members, bundle) if bundle.is_sound else {})
 
     def fetch(self, entries: Mapping[str, bytes]) -> int:
         """Brings many entries into the local store, their blobs in parallel; returns how many came.
@@ -163,7 +203,7 @@ class RemoteCache:
         came = 0
         for key, result in results.items():
             if all(map(self.store.has, result.entry.outputs.values())):
-                self._keep(key, result.entry)
+                self._keep(key, result)
                 came += 1
         return came
 
@@ -181,11 +221,12 @@ class RemoteCache:
         try:
             found = results.from_document(key, document)
         except GarbledError as error:
+            self._refuse(key, str(error))
             self._garbled(f"the entry {key[:12]}: {error}")
             return None
         if isinstance(found, Result):
             return self._believed(key, found)
-        if not self._fetched([found]):
+        if not self.store.has(found) and not self._receive(found):
             return None
         text = self.store.get(found)
         return self._read(key, text) if text is not None else None
@@ -194,6 +235,7 @@ class RemoteCache:
         try:
             return self._believed(key, results.from_said(key, said))
         except GarbledError as error:
+            self._refuse(key, str(error))
             self._garbled(f"the entry {key[:12]}: {error}")
             return None
 
@@ -202,6 +244,7 @@ class RemoteCache:
         if self._trust.believes(key, result):
             return result
         self._count(unsigned=1)
+        self._refuse(key, "not signed by a trusted key")
         self._tell_once(
             f"entries of {self.remote.name} are not signed by a key that this machine trusts: they are not used"
         )
@@ -215,6 +258,9 @@ class RemoteCache:
     def _fetched(self, digests: Iterable[Digest]) -> bool:
         """Whether the local store has all these blobs, after those that it lacked were fetched, in parallel."""
         lacking = [digest for digest in dict.fromkeys(digests) if not self.store.has(digest)]
+        if any(digest in self._bundles for digest in lacking):
+            self._unbundle(lacking)
+            lacking = [digest for digest in lacking if not self.store.has(digest)]
         if len(lacking) <= 1:
             came = [self._receive(digest) for digest in lacking]
         else:
@@ -225,6 +271,53 @@ class RemoteCache:
         if not all(came):
             self._count(incomplete=1)
         return all(came)
+
+    def _unbundle(self, wanted: Iterable[Digest]) -> None:
+        """Fetches the bundles that some blobs lie in, each once, where enough of what lies there is not here."""
+        with self._unbundling:  # who wants another blob of them waits until it is here
+            chosen = list({id(bundle): bundle for each in wanted if (bundle := self._bundles.get(each))}.values())
+            try:
+                self._receive_bundles([bundle for bundle in chosen if self._is_worth(bundle)])
+            finally:  # not before: who finds nothing here does not wait
+                for bundle in chosen:
+                    for member in bundle.members:
+                        self._bundles.pop(member, None)
+
+    def _is_worth(self, bundle: Bundle) -> bool:
+        """Whether enough of what lies in a bundle is not here."""
+        lacking = sum(not self.store.has(member) for member in bundle.members)
+        return lacking * _WORTH >= len(bundle.members)
+
+    def _receive_bundles(self, chosen: Sequence[Bundle]) -> None:
+        taken = map(self._receive_bundle, chosen) if len(chosen) <= 1 else self._pool.map(self._receive_bundle, chosen)
+        for number, _ in enumerate(taken, 1):
+            self.tell(f"fetching from {self.remote.name}: {number} of {len(chosen)} bundles of small blobs")
+
+    def _receive_bundle(self, bundle: Bundle) -> None:
+        """Takes what it can of a bundle. One that is wrong is not of the answers in a row after which a remote is left
+        alone: what lies in it is asked for one by one next."""
+
+        def received() -> bytes | None:
+            try:
+                pieces = self.remote.blob(bundle.blob)
+                return None if pieces is None else _bounded(pieces, bundle.blob.size)
+            except RemoteError as error:
+                if error.trouble is Trouble.GARBLED:
+                    return b""  # which is no bundle
+                raise
+
+        data = self._asked(Way.READ, received)
+        if data is None:
+            return
+        try:
+            for digest, blob in bundles.unpack(data, bundle.members):
+                if self.store.has(digest):
+                    continue
+                if not self.store.receive(digest, [blob]):
+                    raise ValueError(f"the blob {digest} has other bytes")
+                self._count(received=digest.size)
+        except ValueError:
+            self._count(garbled=1)
 
     def _receive(self, digest: Digest) -> bool:
         """Fetches one blob; whether it came, whole and right."""
@@ -240,13 +333,14 @@ class RemoteCache:
         if came is False:
             self._garbled(f"the blob {digest} has other bytes")
         if came:
+            self._available.made_sense()
             self._count(received=digest.size)
         return bool(came)
 
     # writing
 
-    def publish(self, key: str, entry: ActionEntry) -> None:
-        """Has an entry of the local store sent, with its blobs, while the work goes on."""
+    def publish(self, key: str, entry: Entry) -> None:
+        """Has an entry, whose blobs the local store has, sent with them while the work goes on."""
         if not self.policy.writes:
             return
         with self._changed:
@@ -302,16 +396,25 @@ class RemoteCache:
                 del self._sending.queue[: len(taken)]
                 self._sending.active = len(taken)
             try:
-                self._send(taken)
-            except StoreError:
-                self._count(dropped=len(taken))
-            except Exception as error:  # one that cannot be sent must not keep `finish` waiting for the others
-                self._count(dropped=len(taken))
-                self._tell_once(f"what cannot be sent to {self.remote.name} stays here: {first_line(error)}")
+                if not self._sent(taken) and len(taken) > 1:  # one that cannot be sent keeps no other from it
+                    for each in taken:
+                        self._sent([each])
             finally:
                 with self._changed:
                     self._sending.active = 0
                     self._changed.notify_all()
+
+    def _sent(self, taken: Sequence[tuple[str, Entry]]) -> bool:
+        """Sends entries, and counts those that the remote does not take; False where this side has none to send."""
+        try:
+            self._send([(key, entry() if callable(entry) else entry) for key, entry in taken])
+        except Exception as error:
+            if len(taken) == 1:
+                self._count(dropped=1)
+                if not isinstance(error, StoreError):
+                    self._tell_once(f"what cannot be sent to {self.remote.name} stays here: {first_line(error)}")
+            return False
+        return True
 
     def _send(self, entries: Sequence[tuple[str, ActionEntry]]) -> int:
         """How many of the entries are there, now."""
@@ -391,6 +494,24 @@ class RemoteCache:
                 return
             self._told.add(sentence)
         self._tell(sentence)
+
+
+def _note(notes: dict[str, T], key: str, what: T) -> None:
+    """Notes one of the latest, of which only so many are kept."""
+    notes.pop(key, None)
+    notes[key] = what
+    while len(notes) > _NOTED:
+        notes.pop(next(iter(notes)))
+
+
+def _bounded(pieces: Iterable[bytes], size: int) -> bytes:
+    """Pieces as one, cut off where they are more than they said."""
+    data = bytearray()
+    for piece in pieces:
+        data += piece
+        if len(data) > size:
+            break
+    return bytes(data)
 
 
 def opened(store: Store, settings: Settings) -> RemoteCache:

@@ -1,6 +1,5 @@
 """Who uses a store, and when what lies in it was last used: what must be known to remove nothing under anybody.
 
-    the time of an entry or blob   when it was last used, or up to MARK_SECONDS before
     the time of an entry or blob   when it was last used, or up to MARK_SECONDS before that
     locks/use-<name>               one for each run that uses the store, locked while it lasts; its time: when it began
                                    or puts. The first who removes makes it: where nobody ever did, nobody is waited for
