@@ -23,12 +23,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import msgspec
 import numpy as np
 import tvm_ffi
 
+from pipeline import manifests
 from pipeline.errors import ArtifactError, SetupError, first_line
 from pipeline.hashing import Digest
+from pipeline.manifests import REBUILD
 from pipeline.processor import cores, missing_features
 from pipeline.tensors import (
     Array,
@@ -41,7 +42,7 @@ from pipeline.tensors import (
     strided_view,
     tensor_over,
 )
-from pipeline.types import LIBRARY, MANIFEST, MANIFEST_FORMAT, WEIGHTS, Manifest, TensorSpec
+from pipeline.types import LIBRARY, MANIFEST, WEIGHTS, Manifest, TensorSpec
 from pipeline.weightfile import (
     ALIGNMENT,
     WEIGHTS_BEGIN,
@@ -56,7 +57,6 @@ ENTRY = "main"
 
 _CPU = 1  # kDLCPU
 _POOLED_ALLOCATOR = 2  # VirtualMachine.POOLED_ALLOCATOR
-_REBUILD = "build it again"
 
 
 def load(folder: str | os.PathLike[str], *, verify: bool = False) -> Model:
@@ -209,7 +209,7 @@ class Model:
         if len(results) != len(self.outputs):
             raise ArtifactError(
                 f"{self.manifest.model} returned {len(results)} outputs, its {MANIFEST} lists {len(self.outputs)}",
-                hint=_REBUILD,
+                hint=REBUILD,
             )
         return results
 
@@ -217,56 +217,37 @@ class Model:
 # --- reading an artifact ----------------------------------------------------------------------------------------------
 
 
-class _Format(msgspec.Struct):
-    """The one field of a manifest that every format has."""
-
-    format: int
-
-
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an artifact, or an ArtifactError in words."""
-    path = folder / MANIFEST
+    """The manifest of an artifact whose tensors can be had here, or an ArtifactError in words."""
+    manifest = manifests.read_manifest(folder)
     try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ArtifactError(f"{folder} is not an artifact: it has no {MANIFEST}", hint=_REBUILD) from error
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        found = msgspec.json.decode(text, type=_Format).format
-        if found != MANIFEST_FORMAT:
-            raise ArtifactError(
-                f"{path} has format {found}, this version of tvmake reads format {MANIFEST_FORMAT}",
-                hint="build it again with this version, or load it with the version that built it",
-            )
-        manifest = msgspec.json.decode(text, type=Manifest)
         for spec in (*manifest.inputs, *manifest.weights, *manifest.outputs):
             dtype_of(spec.dtype)
-        return manifest
-    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError) as error:
-        raise ArtifactError(f"{path} is broken: {error}", hint=_REBUILD) from error
+    except TypeError as error:
+        raise ArtifactError(f"{folder / MANIFEST} is broken: {error}", hint=REBUILD) from error
+    return manifest
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
     """Holds the files against the manifest. A truncated file is worse than none: to map it ends in a bus error."""
     if manifest.weights_in not in ("beside", "inside"):
-        raise ArtifactError(f"{folder / MANIFEST} is broken: weights_in is {manifest.weights_in!r}", hint=_REBUILD)
+        raise ArtifactError(f"{folder / MANIFEST} is broken: weights_in is {manifest.weights_in!r}", hint=REBUILD)
     needed = [LIBRARY] + ([WEIGHTS] if manifest.weights and manifest.weights_in == "beside" else [])
     for name in dict.fromkeys((*manifest.files, *needed)):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ArtifactError(f"{folder / MANIFEST} is broken: it lists the file {name!r}", hint=_REBUILD)
+            raise ArtifactError(f"{folder / MANIFEST} is broken: it lists the file {name!r}", hint=REBUILD)
         path = folder / name
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing", hint=_REBUILD)
+            raise ArtifactError(f"{path} is missing", hint=REBUILD)
         expected = manifest.files.get(name)
         if expected is None:
-            raise ArtifactError(f"{folder / MANIFEST} is broken: it does not list {name}", hint=_REBUILD)
+            raise ArtifactError(f"{folder / MANIFEST} is broken: it does not list {name}", hint=REBUILD)
         size = path.stat().st_size
         if size != expected.size:
             state = "truncated" if size < expected.size else "changed"
-            raise ArtifactError(f"{path} is {state}: it has {size} bytes instead of {expected.size}", hint=_REBUILD)
+            raise ArtifactError(f"{path} is {state}: it has {size} bytes instead of {expected.size}", hint=REBUILD)
         if verify and Digest.of_file(path) != expected:
-            raise ArtifactError(f"{path} is damaged: its digest is not the manifest's {expected}", hint=_REBUILD)
+            raise ArtifactError(f"{path} is damaged: its digest is not the manifest's {expected}", hint=REBUILD)
 
 
 # --- the library ------------------------------------------------------------------------------------------------------
@@ -305,7 +286,7 @@ def _check_machine(library: Path, manifest: Manifest, runtime: Path) -> None:
         raise ArtifactError(f"{library} is built for {kind} ({manifest.target}); only CPU code can be run here")
     built, here = _machine_of(library), _machine_of(runtime)
     if built is None:
-        raise ArtifactError(f"{library} is no ELF library: it is damaged or built for another system", hint=_REBUILD)
+        raise ArtifactError(f"{library} is no ELF library: it is damaged or built for another system", hint=REBUILD)
     if here is not None and built != here:
         ours, theirs = (_MACHINES.get(machine[2], f"machine {machine[2]}") for machine in (here, built))
         raise ArtifactError(
@@ -358,7 +339,7 @@ def open_library(folder: Path, files: Iterable[str], runtime: Path) -> tuple[Any
             return tvm_ffi.load_module(str(library)), symbols
         except (OSError, RuntimeError) as error:
             reason = first_line(error).replace(f"{library}: ", "").replace(str(library), LIBRARY)
-            raise ArtifactError(f"{folder / LIBRARY} does not load: {reason}", hint=_REBUILD) from error
+            raise ArtifactError(f"{folder / LIBRARY} does not load: {reason}", hint=REBUILD) from error
 
 
 def _thread_settings() -> dict[str, str]:
@@ -378,7 +359,7 @@ def preload(libraries: Iterable[Path]) -> None:
         try:
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         except OSError as error:
-            raise ArtifactError(f"{path.name} does not load: {first_line(error)}", hint=_REBUILD) from error
+            raise ArtifactError(f"{path.name} does not load: {first_line(error)}", hint=REBUILD) from error
 
 
 @contextmanager
@@ -406,7 +387,7 @@ def _weights_inside(symbols: ctypes.CDLL, library: Path) -> dict[str, Array]:
     try:
         begin, end = (ctypes.addressof(ctypes.c_char.in_dll(symbols, name)) for name in (WEIGHTS_BEGIN, WEIGHTS_END))
     except ValueError as error:
-        raise ArtifactError(f"{library} holds no weights: {first_line(error)}", hint=_REBUILD) from error
+        raise ArtifactError(f"{library} holds no weights: {first_line(error)}", hint=REBUILD) from error
     return read_weights(memoryview(memory_at(begin, end - begin, symbols)).cast("B"), str(library))
 
 
@@ -414,10 +395,10 @@ def _weight(spec: TensorSpec, weights: Mapping[str, Array], source: Path) -> Arr
     """A weight as the manifest describes it, at an aligned place."""
     weight = weights.get(spec.name)
     if weight is None:
-        raise ArtifactError(f"{source} has no weight {spec.name!r}", hint=_REBUILD)
+        raise ArtifactError(f"{source} has no weight {spec.name!r}", hint=REBUILD)
     if weight.dtype != dtype_of(spec.dtype) or weight.shape != spec.shape:
         found = _described(TensorSpec(spec.name, weight.shape, weight.dtype.name))
-        raise ArtifactError(f"{source} holds {found}; {MANIFEST} says {_described(spec)}", hint=_REBUILD)
+        raise ArtifactError(f"{source} holds {found}; {MANIFEST} says {_described(spec)}", hint=REBUILD)
     return weight if fits(weight) else aligned_copy(weight)
 
 

@@ -202,13 +202,13 @@ def _verify(workspace: Workspace, asked: Asked) -> int:
 
 
 def _gc(workspace: Workspace, asked: Asked) -> int:
-    from pipeline.remotes.settings import age_of, size_of
+    from pipeline.amounts import size_of, span_of
     from pipeline.store import Pins, upkeep
 
     settings = workspace.settings
     bounds = upkeep.Bounds(
         size_of(asked.size) if asked.size else settings.max_bytes,
-        age_of(asked.age) if asked.age else settings.max_age,
+        span_of(asked.age) if asked.age else settings.max_age,
     )
     if bounds == upkeep.Bounds():
         raise ConfigError(

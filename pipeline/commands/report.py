@@ -48,8 +48,8 @@ Exit code: 0 shown, 1 a model is not built yet, 2 the workspace is at fault.
             return ERROR
 
     def _execute(self, json: bool) -> int:
+        from pipeline.manifests import read_manifest
         from pipeline.report import report
-        from pipeline.runtime import read_manifest
 
         workspace = the_workspace(self.loader.namespace)
         made, missing = [], []
