@@ -15,8 +15,9 @@ from tvm.s_tir import Schedule, meta_schedule
 
 from pipeline.compiler import ir
 from pipeline.store import Store
+from pipeline.toolchain import detect
 from pipeline.tuning.ledger import Ledger
-from pipeline.tuning.records import Certificate, Outcome, RetestRecord, TrialRecord
+from pipeline.tuning.records import TOOLS, Certificate, Outcome, RetestRecord, TrialRecord
 from tests.compiler.strategies.workloads import NATIVE, commit
 
 OTHER = tvm.target.Target({"kind": "llvm", "mcpu": "cortex-a72", "mtriple": "aarch64-linux-gnu"})
@@ -112,12 +113,13 @@ def tune(workspace: WorkspaceFolder, *factors: int) -> str:
     workspace.doit("records", "import", "seed").good()
     (row,) = listed(workspace)
     records: list[Any] = []
+    tools = detect().pick(TOOLS)
     for i, factor in enumerate(factors):
         sch = Schedule(tvm.IRModule({"main": function(workspace)}))
         split(factor)(sch)
         decisions = json.loads(json.dumps(sch.trace.as_json(), default=int))
         name, seconds = f"{factor:064}", 1e-3 / (i + 1)
-        timed = {"seconds": seconds, "baseline": 2e-3, "cost": 0.5}
+        timed = {"seconds": seconds, "baseline": 2e-3, "cost": 0.5, "tools": tools}
         known = {"space": "post-order-apply", "space_version": 1, "decisions": decisions, "certificate": RIGHT}
         records.append(TrialRecord(candidate=name, outcome=Outcome.TIMED, **known, **timed))
         records.append(RetestRecord(candidate=name, noise=0.01, certificate=RIGHT, **timed))

@@ -14,8 +14,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pipeline.hashing import key_of
 from pipeline.store import Store
-from pipeline.tuning.records import NewerFormatError, Record, Standing, encoded, filed, set_key, standing
+from pipeline.toolchain import detect
+from pipeline.tuning.records import (
+    TOOLS,
+    NewerFormatError,
+    Record,
+    Reign,
+    Standing,
+    WithdrawnRecord,
+    encoded,
+    filed,
+    history,
+    live,
+    set_key,
+    standing,
+)
+from pipeline.types import Workload
 
 ROOM = 256 << 20  # bytes of records that are remembered
 
@@ -29,6 +45,10 @@ class _Operator:
     size: int = 0  # bytes of the members
     torn: int = 0
     standing: Standing | None = None
+
+    def whole(self) -> dict[str, Record]:
+        """Those that can be read."""
+        return {name: record for name, record in self.records.items() if record is not None}
 
 
 class Shared(Protocol):
@@ -51,9 +71,18 @@ class Ledger:
 
     noise   the least share that is taken for noise: see `standing`
     shared  the sets of other machines, where there are any
+    tools   those that candidates are compiled with now: see `standing`
     """
 
-    def __init__(self, store: Store, noise: float, room: int = ROOM, shared: Shared | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        noise: float,
+        room: int = ROOM,
+        shared: Shared | None = None,
+        tools: Mapping[str, str] | None = None,
+    ) -> None:
+        self._tools = tools
         self._store = store
         self._shared = shared
         self._noise = noise
@@ -62,19 +91,53 @@ class Ledger:
         self._known: OrderedDict[str, _Operator] = OrderedDict()  # the latest asked for last
         self._size = 0
 
+    @classmethod
+    def here(cls, store: Store, noise: float, shared: Shared | None = None) -> Ledger:
+        """The ledger of a store as the tools of this machine see it."""
+        return cls(store, noise, shared=shared, tools=detect().pick(TOOLS))
+
     @staticmethod
     def key_of(workload: str, target: Mapping[str, Any], device: str) -> str:
         """The key of the records of a workload (its digest), for a target (its attributes), timed on a device."""
         return set_key(workload, target, device)
+
+    @staticmethod
+    def about_of(workload: Workload, target: Mapping[str, Any], device: str) -> dict[str, object]:
+        """What such a set says of itself, for people and for who looks for a workload's sets of other devices."""
+        return {
+            "operator": workload.name,
+            "shapes": list(workload.shapes),
+            "workload": workload.digest,
+            "target": dict(target),
+            "device": device,
+        }
 
     def standing(self, key: str) -> Standing:
         """Where an operator stands, with all that anybody wrote until now."""
         with self._lock:
             known = self._read(key)
             if known.standing is None:
-                records = [record for record in known.records.values() if record is not None]
-                known.standing = standing(records, self._noise)
+                known.standing = standing(live(known.whole()), self._noise, self._tools)
             return known.standing
+
+    def members(self, key: str) -> dict[str, Record]:
+        """All records of a set that can be read, by digest, the withdrawn ones as well."""
+        with self._lock:
+            return self._read(key).whole()
+
+    def history(self, key: str) -> list[Reign]:
+        """What was applied one after the other."""
+        return history(self.members(key), self._noise)
+
+    def measured_anew(self, key: str) -> str:
+        """What tells measurements of an operator from those that were made before somebody withdrew them; "" where
+        nobody did."""
+        withdrawn = [
+            name
+            for name, record in self.members(key).items()
+            if isinstance(record, WithdrawnRecord) and record.measured
+        ]
+        return key_of({"withdrawn": sorted(withdrawn)}) if withdrawn else ""
 
     def add(self, key: str, about: Mapping[str, object], records: Iterable[Record]) -> None:
         """Writes records down: when it returns they are on the disk. `about` says what the set is, to a person.
@@ -82,6 +145,14 @@ class Ledger:
         Raises ValueError for a record that could not be read back, with none of them written.
         """
         self._store.sets.add(key, [encoded(record) for record in records], about)
+
+    def all_keys(self) -> list[str]:
+        """The keys of all sets of the store."""
+        return self._store.sets.all_keys()
+
+    def about(self, key: str) -> dict[str, object]:
+        """What a set says of itself: nothing rests on it."""
+        return self._store.sets.about(key)
 
     def unread(self, key: str) -> int:
         """How many members were left out: alien, torn or of a newer format. Those of a newer format stay in place."""

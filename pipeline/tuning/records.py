@@ -8,6 +8,11 @@ union of two sets is their merge and nothing that was measured once is measured 
     ExhaustedRecord  a search space that has nothing more to propose
     CompletedRecord  a budget that was used to its end, the operator being one of those that it was for
 
+and what people decided about them, which travels with them:
+
+    WithdrawnRecord  records that count no longer, whoever has or brings them
+    PreferredRecord  the candidate that is to be applied, in place of the best
+
 All that is known of an operator (`Standing`: the best, what was spent, whether its curve is flat) is computed from its
 set, whatever order the members come in. Needs no TVM.
 """
@@ -23,12 +28,16 @@ from typing import Annotated, Any
 
 import msgspec
 
-from pipeline.hashing import key_of
+from pipeline.hashing import is_sha256, key_of
 
-FORMAT = 1
+FORMAT = 2  # the newest that is read; what the first could not tell is of the second
+_KEY = 1  # of the sets
 
 # Raise it when what passes the comparison with the default would no longer: certificates of others count no more.
 VALIDATOR = 1
+
+# What compiles a candidate: where one of these is another, a winner is validated again before it is applied.
+TOOLS = ("tvm", "tvm-ffi", "libtvm")
 
 ATTEMPTS = 2  # at a candidate whose failure may be the machine's
 
@@ -85,7 +94,7 @@ class TrialRecord(msgspec.Struct, frozen=True, tag="trial", kw_only=True):
     tools      versions of what made it
     """
 
-    format: int = FORMAT
+    format: int = 1
     candidate: str
     space: str
     space_version: int
@@ -113,9 +122,12 @@ class FiledTrial(TrialRecord, frozen=True, tag="trial", kw_only=True, gc=False):
 
 
 class RetestRecord(msgspec.Struct, frozen=True, tag="retest", kw_only=True):
-    """A candidate timed again, longer, in turn with the baseline: what a winner must have."""
+    """A candidate timed again, longer, in turn with the baseline: what a winner must have.
 
-    format: int = FORMAT
+    tools  versions of what compiled it; where there are none, those of its trial
+    """
+
+    format: int = 1
     candidate: str
     seconds: Positive
     baseline: Positive
@@ -124,12 +136,13 @@ class RetestRecord(msgspec.Struct, frozen=True, tag="retest", kw_only=True):
     cost: Amount = 0.0
     at: float = 0.0
     run: str = ""
+    tools: dict[str, str] = {}
 
 
 class ExhaustedRecord(msgspec.Struct, frozen=True, tag="exhausted", kw_only=True):
     """A space that proposes nothing more for the workload, and why."""
 
-    format: int = FORMAT
+    format: int = 1
     space: str
     space_version: int
     reason: str
@@ -141,18 +154,56 @@ class ExhaustedRecord(msgspec.Struct, frozen=True, tag="exhausted", kw_only=True
 class CompletedRecord(msgspec.Struct, frozen=True, tag="completed", kw_only=True):
     """A run with a budget of so many seconds for some operators, this one among them, went to its end."""
 
-    format: int = FORMAT
+    format: int = 1
     budget: Positive
     cost: Amount = 0.0
     at: float = 0.0
     run: str = ""
 
 
-Record = TrialRecord | RetestRecord | ExhaustedRecord | CompletedRecord
+class WithdrawnRecord(msgspec.Struct, frozen=True, tag="withdrawn", kw_only=True):
+    """Somebody invalidated what had been found.
+
+    records   digests of the members of the set that count no longer, also where they are merged into it again
+    measured  whether what `fastest` measured of the operator counts no longer either
+    reason    in words, for people
+    at, by    Unix time, and who, as far as the machine tells
+    """
+
+    format: int = 2
+    records: tuple[str, ...]
+    measured: bool = False
+    reason: str = ""
+    cost: Amount = 0.0
+    at: float = 0.0
+    by: str = ""
+
+    def __post_init__(self) -> None:
+        if not all(map(is_sha256, self.records)):
+            raise ValueError("what is withdrawn has no digest")
+
+
+class PreferredRecord(msgspec.Struct, frozen=True, tag="preferred", kw_only=True):
+    """Somebody went back to another candidate than the best.
+
+    candidate  its digest, BEST for whichever is the best, NONE for no tuned one at all
+    """
+
+    format: int = 2
+    candidate: str
+    reason: str = ""
+    cost: Amount = 0.0
+    at: float = 0.0
+    by: str = ""
+
+
+BEST, NONE = "", "none"
+
+Record = TrialRecord | RetestRecord | ExhaustedRecord | CompletedRecord | WithdrawnRecord | PreferredRecord
 
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 _filer: msgspec.json.Decoder[Record] = msgspec.json.Decoder(
-    FiledTrial | RetestRecord | ExhaustedRecord | CompletedRecord
+    FiledTrial | RetestRecord | ExhaustedRecord | CompletedRecord | WithdrawnRecord | PreferredRecord
 )
 
 
@@ -213,7 +264,7 @@ def _require_known_format(data: bytes) -> None:
 
 def set_key(workload: str, target: Mapping[str, Any], device: str) -> str:
     """The key of the set of records of a workload (its digest), a target (all its attributes) and a device."""
-    return key_of({"records": FORMAT, "workload": workload, "target": dict(target), "device": device})
+    return key_of({"records": _KEY, "workload": workload, "target": dict(target), "device": device})
 
 
 @dataclass(frozen=True)
@@ -228,13 +279,21 @@ class Winner:
         """How many times as fast as the baseline, the two timed in turn."""
         return self.retest.baseline / self.retest.seconds
 
+    @property
+    def tools(self) -> Mapping[str, str]:
+        """Versions of what compiled it when it was validated."""
+        return self.retest.tools or self.trial.tools
+
 
 @dataclass(frozen=True)
 class Standing:
     """Where an operator stands, computed from its records.
 
     trials    candidates tried here, in the order of time, each once: its last word
-    winners   validated, retested and faster than the baseline beyond the noise; the best first
+    winners   validated and retested with the tools of today, and faster than the baseline beyond the noise; the best
+              first
+    unproven  the same, but validated with other tools only and not tried with those of today, the best first: to be
+              compared again before one is applied
     tried     digests that no search shall propose again
     spent     seconds, all runs together
     baseline  least seconds of the baseline ever seen; None before the first trial
@@ -243,6 +302,8 @@ class Standing:
     claims    candidates that were timed elsewhere and not tried here yet, the fastest first
     retested  candidates that were retested, whatever came of it
     budget    the largest budget, in seconds, that was used to its end; 0 where none was
+    preferred what somebody decided last, None where nobody did
+    withdrawn what was invalidated, in the order of time
     """
 
     trials: tuple[TrialRecord, ...] = ()
@@ -256,10 +317,23 @@ class Standing:
     claims: tuple[TrialRecord, ...] = ()
     retested: frozenset[str] = frozenset()
     budget: float = 0.0
+    unproven: tuple[Winner, ...] = ()
+    preferred: PreferredRecord | None = None
+    withdrawn: tuple[WithdrawnRecord, ...] = ()
 
     @property
     def best(self) -> Winner | None:
         return self.winners[0] if self.winners else None
+
+    def applied(self) -> tuple[tuple[Winner, ...], bool]:
+        """What may be applied, in the order in which it is tried, and whether that was validated with today's tools."""
+        if self.preferred is not None and self.preferred.candidate == NONE:
+            return (), True
+        if self.preferred is not None and self.preferred.candidate != BEST:
+            for known in (self.winners, self.unproven):
+                if chosen := [each for each in known if each.trial.candidate == self.preferred.candidate]:
+                    return (*chosen, *(each for each in known if each not in chosen)), known is self.winners
+        return (self.winners, True) if self.winners else (self.unproven, False)
 
     @property
     def gain(self) -> float:
@@ -286,9 +360,18 @@ def ratio(trial: TrialRecord) -> float:
     return trial.baseline / trial.seconds
 
 
-def standing(records: Iterable[Record], noise: float) -> Standing:
-    """What follows from the records of one set, each given once, in any order. `noise` is the least share that is
-    taken for noise."""
+def live(members: Mapping[str, Record]) -> list[Record]:
+    """Those of a set's records, by digest, that nobody has withdrawn. What withdraws is never withdrawn itself."""
+    gone = {name for each in members.values() if isinstance(each, WithdrawnRecord) for name in each.records}
+    return [each for name, each in members.items() if name not in gone or isinstance(each, WithdrawnRecord)]
+
+
+def standing(records: Iterable[Record], noise: float, tools: Mapping[str, str] | None = None) -> Standing:
+    """What follows from the records of one set, each given once, in any order.
+
+    noise  the least share that is taken for noise
+    tools  those of today, by the names in TOOLS: what was validated with others is unproven; None: it does not matter
+    """
     listed = list(records)
     said: dict[str, list[TrialRecord]] = {}
     retests: dict[str, list[RetestRecord]] = {}
@@ -297,17 +380,21 @@ def standing(records: Iterable[Record], noise: float) -> Standing:
             said.setdefault(record.candidate, []).append(record)
         elif isinstance(record, RetestRecord) and record.certificate.holds:
             retests.setdefault(record.candidate, []).append(record)
-    last = [_last_word(each) for each in said.values()]
+    last = [_last_word(each, tools) for each in said.values()]
     trials = [trial for trial in last if trial.outcome is not Outcome.CLAIMED]
     claims = [trial for trial in last if trial.outcome is Outcome.CLAIMED]
-    winners = [
-        Winner(trial, retest)
-        for trial in trials
-        if trial.candidate in retests and _wins(trial, retest := _latest(retests[trial.candidate]), noise)
-    ]
+    found = {trial.candidate: [Winner(trial, each) for each in retests.get(trial.candidate, ())] for trial in trials}
+    proven = {name: [each for each in said if tools is None or _has(each.tools, tools)] for name, said in found.items()}
+    tried_today = {
+        name for name, each in said.items() if tools is None or any(_has(trial.tools, tools) for trial in each)
+    }
+    others = {name: each for name, each in found.items() if not proven[name] and name not in tried_today}
     return Standing(
         trials=tuple(sorted(trials, key=lambda trial: (trial.at, trial.candidate))),
-        winners=tuple(sorted(winners, key=lambda winner: (-winner.gain, winner.trial.candidate))),
+        winners=_winning(proven.values(), noise),
+        unproven=_winning(others.values(), noise),
+        preferred=max((each for each in listed if isinstance(each, PreferredRecord)), key=_moment, default=None),
+        withdrawn=tuple(sorted((each for each in listed if isinstance(each, WithdrawnRecord)), key=_moment)),
         tried=frozenset(name for name, each in said.items() if not may_be_tried(each)),
         spent=math.fsum(record.cost for record in listed),  # the same in any order
         baseline=min(filter(None, map(_baseline, listed)), default=None),
@@ -315,7 +402,7 @@ def standing(records: Iterable[Record], noise: float) -> Standing:
         failures=Counter(trial.outcome for trial in trials if trial.outcome is not Outcome.TIMED),
         retries=sum(_retries(each) for each in said.values()),
         claims=tuple(sorted(claims, key=lambda trial: (trial.seconds or math.inf, trial.candidate))),
-        retested=frozenset(retests),
+        retested=frozenset(name for name, said in proven.items() if said),
         budget=max((each.budget for each in listed if isinstance(each, CompletedRecord)), default=0.0),
     )
 
@@ -338,7 +425,7 @@ def _retries(trials: Iterable[TrialRecord]) -> int:
 
 def _baseline(record: Record) -> float | None:
     """The seconds of the baseline that a record holds; a claim's were measured elsewhere."""
-    if isinstance(record, ExhaustedRecord | CompletedRecord):
+    if not isinstance(record, TrialRecord | RetestRecord):
         return None
     if isinstance(record, TrialRecord) and record.outcome is Outcome.CLAIMED:
         return None
@@ -349,18 +436,59 @@ def _baseline(record: Record) -> float | None:
 _WEIGHT = {Outcome.CLAIMED: -1, Outcome.TIMED: 1, Outcome.WRONG: 2}
 
 
-def _last_word(trials: list[TrialRecord]) -> TrialRecord:
-    """Of several records of one candidate: that it is wrong, else its time, else the latest failure, else a claim."""
+def _last_word(trials: list[TrialRecord], tools: Mapping[str, str] | None) -> TrialRecord:
+    """Of several records of one candidate: that it is wrong, else its time, else the latest failure, else a claim.
+
+    But for what is wrong, what came of it with the tools of today counts alone, where it was tried with them.
+    """
     if len(trials) == 1:
         return trials[0]
+    if tools is not None and not any(trial.outcome is Outcome.WRONG for trial in trials):
+        today = [trial for trial in trials if _has(trial.tools, tools) and trial.outcome is not Outcome.CLAIMED]
+        trials = today or trials
     return max(trials, key=lambda trial: (_WEIGHT.get(trial.outcome, 0), trial.at, msgspec.json.encode(trial)))
 
 
-def _latest(retests: list[RetestRecord]) -> RetestRecord:
-    return max(retests, key=lambda retest: (retest.at, msgspec.json.encode(retest)))
+def _winning(retested: Iterable[list[Winner]], noise: float) -> tuple[Winner, ...]:
+    """Of candidates with all their retests those that win by their latest, the best first."""
+    latest = [max(each, key=lambda winner: _moment(winner.retest)) for each in retested if each]
+    winners = [each for each in latest if _wins(each.trial, each.retest, noise)]
+    return tuple(sorted(winners, key=lambda winner: (-winner.gain, winner.trial.candidate)))
+
+
+def _has(known: Mapping[str, str], tools: Mapping[str, str]) -> bool:
+    return all(known.get(name) == version for name, version in tools.items())
+
+
+def _moment(record: RetestRecord | PreferredRecord | WithdrawnRecord) -> tuple[float, bytes]:
+    """What orders records in time: always the same way, also where two have the same time."""
+    return record.at, msgspec.json.encode(record)
 
 
 def _wins(trial: TrialRecord, retest: RetestRecord, noise: float) -> bool:
     """Whether a candidate may be applied: timed here, never wrong, and faster beyond the noise when it was retested."""
     margin = min(max(noise, retest.noise), 0.5)
     return trial.outcome is Outcome.TIMED and retest.seconds < retest.baseline * (1 - margin)
+
+
+@dataclass(frozen=True)
+class Reign:
+    """From when on a candidate was what a build applied (None: none that is tuned), and what had made it so."""
+
+    at: float
+    winner: Winner | None
+    by: RetestRecord | PreferredRecord | WithdrawnRecord
+
+
+def history(members: Mapping[str, Record], noise: float) -> list[Reign]:
+    """Which candidates of a set were applied one after the other, whatever the tools were; the latest last."""
+    turns = [each for each in members.values() if isinstance(each, RetestRecord | PreferredRecord | WithdrawnRecord)]
+    reigns: list[Reign] = []
+    for turn in sorted(turns, key=_moment):
+        known = live({name: each for name, each in members.items() if each.at <= turn.at})
+        applied, _ = standing(known, noise).applied()
+        winner = applied[0] if applied else None
+        before = reigns[-1].winner if reigns else None
+        if (winner and winner.trial.candidate) != (before and before.trial.candidate):
+            reigns.append(Reign(turn.at, winner, turn))
+    return reigns

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.devices.contract import MeasuredOn
 from pipeline.errors import ConfigError
-from pipeline.processor import device
+from pipeline.processor import device as this_machine
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.records import Outcome
 
@@ -55,7 +57,8 @@ class Row:
 class Operators:
     """The operators of one target's models, each once, and their record sets.
 
-    is_here    whether anything can be tried for the target on this machine
+    is_here    whether anything can be tried for the target: on this machine, or from it on a device
+    device     what it is tried on, as records are kept by it
     workloads  by digest
     models     names of those that call it, by the workload's digest
     """
@@ -66,19 +69,28 @@ class Operators:
     ledger: Ledger
     workloads: dict[str, Workload] = field(default_factory=dict)
     models: dict[str, list[str]] = field(default_factory=dict)
+    device: str = field(default_factory=this_machine)
 
     def key(self, workload: Workload) -> str:
-        return self.ledger.key_of(workload.digest, self.attributes, device())
+        return self.ledger.key_of(workload.digest, self.attributes, self.device)
 
     def about(self, workload: Workload) -> dict[str, object]:
         """What a set says of itself."""
-        return {
-            "operator": workload.name,
-            "shapes": workload.shapes,
-            "workload": workload.digest,
-            "target": dict(self.attributes),
-            "device": device(),
-        }
+        return self.ledger.about_of(workload, self.attributes, self.device)
+
+    def others(self, workload: Workload) -> Iterator[tuple[str, str]]:
+        """The sets of a workload for the same target on other devices: key and device."""
+        yield from self._elsewhere.get(workload.digest, ())
+
+    @functools.cached_property
+    def _elsewhere(self) -> Mapping[str, Sequence[tuple[str, str]]]:
+        found: dict[str, list[tuple[str, str]]] = {}
+        for key in self.ledger.all_keys():
+            about = self.ledger.about(key)
+            named = str(about.get("device", ""))
+            if about.get("target") == dict(self.attributes) and named != self.device:
+                found.setdefault(str(about.get("workload", "")), []).append((key, named))
+        return found
 
     def rows(self) -> Iterator[Row]:
         for workload in self.workloads.values():
@@ -112,8 +124,9 @@ def operators(workspace: Workspace, selection: Selection, plan: Callable[[str, M
     for target, model in workspace.pairs(selection):
         if target not in found:
             resolved = workspace.build.target(target)
-            ledger = Ledger(workspace.store, resolved.file.measure.noise)
-            found[target] = Operators(target, resolved.attributes, resolved.is_here, ledger)
+            ledger = Ledger.here(workspace.store, resolved.file.measure.noise)
+            can_try = resolved.measured_on is not MeasuredOn.NOWHERE
+            found[target] = Operators(target, resolved.attributes, can_try, ledger, device=resolved.device)
         for workload in plan(target, model).workloads:
             if workload.calls:
                 found[target].workloads[workload.digest] = workload
