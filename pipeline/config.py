@@ -40,6 +40,23 @@ class Measure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     patience: float = 20.0
 
 
+class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[device]: devices that candidates are measured on, behind TVM's RPC tracker. See docs/devices.md.
+
+    tracker   "host:port"
+    key       what servers of this kind of device call themselves there
+    parallel  how many of them are used at once
+    timeout   seconds that one session on a device may take
+    wait      seconds to wait for a device that is away: rebooting, hanging, taken by others
+    """
+
+    tracker: str
+    key: str
+    parallel: int = 1
+    timeout: float = 600.0
+    wait: float = 600.0
+
+
 class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[tune]: how `doit tune` searches.
 
@@ -57,6 +74,41 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch: int = 24
     seconds: float = 0.03
     timeout: float = 60.0
+
+
+class Stale(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[stale]: when what was tuned for an operator counts as stale. `doit status` shows it, `doit tune` tunes it again.
+
+    days       nobody has measured a candidate of the operator for so many days; never where absent
+    toolchain  what is applied was validated with another TVM than the one that is installed
+    device     it was tuned on other devices only
+    validator  its candidates were validated by an older version of the comparison with the default
+    failures   more than this share of its candidates failed; any share is let pass where absent
+    caught_up  what it runs on without tuning has become as fast as what was tuned
+    """
+
+    days: float | None = None
+    toolchain: bool = True
+    device: bool = True
+    validator: bool = True
+    failures: float | None = None
+    caught_up: bool = True
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[policy]: what `doit check` asks of every model that is built for the target. What is absent is not asked.
+
+    tuned       least share of the operators' time that must be spent in operators which do not run on "rules" or
+                "default": on what was tuned, written by hand or taken from a library
+    validated   whether every tuned function in use must have been validated with the tools that are installed
+    younger     days: every tuned function in use must have been validated since
+    regression  whether no operator, nor a model as a whole, may be slower than in tuning.lock, beyond the noise
+    """
+
+    tuned: float | None = None
+    validated: bool = False
+    younger: float | None = None
+    regression: bool = False
 
 
 class Operators(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,7 +136,8 @@ class TargetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     records  folders of MetaSchedule databases, from the workspace's folder, that "tuned" takes its records from
     weights  "beside" the library in a file, or "inside" it
     timeout  seconds that one action may take
-    check, measure, tune, operators  see Check, Measure, Tune, Operators
+    device   where candidates are measured; on this machine where absent, if its code runs there
+    check, measure, tune, stale, policy, device, operators  see Check, Measure, Tune, Stale, Policy, Device, Operators
     """
 
     target: str | dict[str, Any]
@@ -99,6 +152,9 @@ class TargetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     check: Check = Check()
     measure: Measure = Measure()
     tune: Tune = Tune()
+    stale: Stale = Stale()
+    policy: Policy = Policy()
+    device: Device | None = None
     operators: tuple[Operators, ...] = ()
 
 
@@ -152,7 +208,15 @@ def _allowed() -> str:
     for name in TargetFile.__struct_fields__:
         choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
         keys.append(name + (f" ({', '.join(choices)})" if choices else ""))
-    tables = {"[check]": Check, "[measure]": Measure, "[tune]": Tune, "[[operators]]": Operators}
+    tables = {
+        "[check]": Check,
+        "[measure]": Measure,
+        "[tune]": Tune,
+        "[stale]": Stale,
+        "[policy]": Policy,
+        "[device]": Device,
+        "[[operators]]": Operators,
+    }
     under = "; ".join(f"under {name}: {', '.join(table.__struct_fields__)}" for name, table in tables.items())
     return f"keys: {', '.join(keys)}; {under}"
 
@@ -173,8 +237,29 @@ def _require_sensible(path: Path, read: TargetFile) -> None:
     for name, seconds in (("seconds", read.tune.seconds), ("timeout", read.tune.timeout)):
         if not seconds > 0:
             raise ConfigError(f"{_shown(path)}: tune.{name} is {seconds}", hint="give seconds, more than 0")
+    for name, days in (("stale.days", read.stale.days), ("policy.younger", read.policy.younger)):
+        if days is not None and not days > 0:
+            raise ConfigError(f"{_shown(path)}: {name} is {days}", hint="give days, more than 0")
+    for name, share in (("stale.failures", read.stale.failures), ("policy.tuned", read.policy.tuned)):
+        if share is not None and not 0 <= share <= 1:
+            raise ConfigError(f"{_shown(path)}: {name} is {share}", hint="give a share from 0 to 1")
+    if read.device is not None:
+        _require_sensible_device(path, read.device)
     if any(seed < 0 for seed in read.check.seeds):
         raise ConfigError(f"{_shown(path)}: check.seeds is {list(read.check.seeds)}", hint="give numbers of 0 or more")
+
+
+def _require_sensible_device(path: Path, device: Device) -> None:
+    host, _, port = device.tracker.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"{_shown(path)}: device.tracker is {device.tracker!r}", hint='write "host:port"')
+    if not device.key or ":" in device.key or device.key.split() != [device.key]:
+        raise ConfigError(f"{_shown(path)}: device.key is {device.key!r}", hint="give a word without spaces and colons")
+    if device.parallel < 1:
+        raise ConfigError(f"{_shown(path)}: device.parallel is {device.parallel}", hint="give a number of 1 or more")
+    for name, seconds in (("timeout", device.timeout), ("wait", device.wait)):
+        if not seconds > 0:
+            raise ConfigError(f"{_shown(path)}: device.{name} is {seconds}", hint="give seconds, more than 0")
 
 
 def _shown(path: Path) -> str:

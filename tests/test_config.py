@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.compiler.strategies import ORDER
-from pipeline.config import Check, Measure, Operators, TargetFile, Tune, load_target
+from pipeline.config import Check, Device, Measure, Operators, Policy, Stale, TargetFile, Tune, load_target
 from pipeline.errors import ConfigError
 
 NAMES = [*ORDER, "onednn"]
@@ -60,6 +60,18 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         batch = 8
         seconds = 0.1
         timeout = 30
+        [stale]
+        days = 90
+        toolchain = false
+        device = false
+        validator = false
+        failures = 0.5
+        caught_up = false
+        [policy]
+        tuned = 0.9
+        validated = true
+        younger = 180.5
+        regression = true
         [[operators]]
         match = "conv2d*"
         only = ["library"]
@@ -80,6 +92,8 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         check=Check(enabled=False, tolerance=1e-2, seeds=(1, 2)),
         measure=Measure(profile=False, noise=0.1, seconds=2.0, patience=5.0),
         tune=Tune(("rules", "own"), trials=64, patience=16, batch=8, seconds=0.1, timeout=30.0),
+        stale=Stale(days=90.0, toolchain=False, device=False, validator=False, failures=0.5, caught_up=False),
+        policy=Policy(tuned=0.9, validated=True, younger=180.5, regression=True),
         operators=(Operators("conv2d*", only=("library",)), Operators("softmax*", forbid=("onednn",))),
     )
 
@@ -111,13 +125,31 @@ WRONG: dict[str, tuple[str, ...]] = {
     "tune.batch": ("0", "-8"),
     "tune.seconds": ("0", "nan", '"1"'),
     "tune.timeout": ("0", "-1", "nan"),
+    "stale": ("3", "true"),
+    "stale.days": ("0", "-1", "nan", '"90 days"', "true"),
+    "stale.toolchain": ('"yes"', "1"),
+    "stale.device": ('"yes"', "1"),
+    "stale.validator": ('"yes"', "1"),
+    "stale.failures": ("-0.1", "1.1", "nan", "true"),
+    "stale.caught_up": ('"yes"', "1"),
+    "device": ("3", '"board"'),
+    "device.tracker": ('"host"', '"h:0"', '"h:port"', "9190"),
+    "device.key": ('"a b"', '"a:b"', '""', "3"),
+    "device.parallel": ("0", "-1", "1.5", '"all"'),
+    "device.timeout": ("0", "-3", "nan", '"long"'),
+    "device.wait": ("0", "-3", "nan", '"long"'),
+    "policy": ("3", '"strict"'),
+    "policy.tuned": ("-0.1", "90", "nan", '"90 %"', "true"),
+    "policy.validated": ('"yes"', "1"),
+    "policy.younger": ("0", "-30", "nan", '"30d"'),
+    "policy.regression": ('"no"', "0.03"),
     "operators": ("3", '["conv2d"]', '[{only = ["default"]}]', '[{match = "a", only = ["nonesuch"]}]'),
 }
 CASES = [(key, value) for key, values in WRONG.items() for value in values]
 
 
 def test_every_key_is_tried() -> None:
-    tables = {"check": Check, "measure": Measure, "tune": Tune}
+    tables = {"check": Check, "measure": Measure, "device": Device, "tune": Tune, "stale": Stale, "policy": Policy}
     under = {f"{table}.{name}" for table, kind in tables.items() for name in kind.__struct_fields__}
     assert set(WRONG) == under | {*TargetFile.__struct_fields__}
 
@@ -125,6 +157,9 @@ def test_every_key_is_tried() -> None:
 @pytest.mark.parametrize(("key", "value"), CASES)
 def test_a_wrong_value_is_refused_by_name(tmp_path: Path, key: str, value: str) -> None:
     head = "" if key == "target" else 'target = "native"\n'
+    if key.startswith("device."):  # what such a table must have
+        needed = {"device.tracker": '"host:9190"', "device.key": '"board"'}
+        head += "".join(f"{name} = {text}\n" for name, text in needed.items() if name != key)
     error = refused(write(tmp_path, f"{head}{key} = {value}\n"))
     assert key in error.message
     assert error.hint
@@ -145,11 +180,15 @@ def test_a_wrong_choice_tells_the_right_ones(tmp_path: Path, key: str, allowed: 
     assert all(choice in str(error) for choice in allowed)
 
 
-@pytest.mark.parametrize("line", ["colour = 1", "check.colour = 1", "measure.colour = 1"])
+@pytest.mark.parametrize(
+    "line", ["colour = 1", "check.colour = 1", "measure.colour = 1", "stale.colour = 1", "policy.colour = 1"]
+)
 def test_an_unknown_key_is_refused_and_the_known_are_told(tmp_path: Path, line: str) -> None:
     error = refused(write(tmp_path, f'target = "native"\n{line}\n'))
     assert "colour" in error.message
-    known = {"check": Check, "measure": Measure}.get(line.partition(".")[0], TargetFile).__struct_fields__
+    known = {"check": Check, "measure": Measure, "stale": Stale, "policy": Policy}.get(
+        line.partition(".")[0], TargetFile
+    ).__struct_fields__
     assert all(name in error.hint for name in known)
 
 

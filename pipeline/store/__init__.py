@@ -6,6 +6,7 @@ Three parts in one folder, the first two in the terms of Bazel and the Remote Ex
     cas/ab/<sha256>         blobs, named by the SHA-256 of their bytes
     ac/ab/<key>             action entries: the components of a key, and the digests of what the action made
     sets/ab/<key>/<sha256>  members of sets that only grow, named by the SHA-256 of their bytes: pipeline.store.sets
+    summaries/              what sets come to, for who lists thousands of them: pipeline.tuning.summaries
     pins/<name>.json        keys whose entries and blobs stay whatever the bounds say: pipeline.store.pins
     usage/                  what runs found and made: a file for each run, one for those before: pipeline.store.usage
     locks/                  one file for each slot of locks, so that two builds do not make the same thing at once;

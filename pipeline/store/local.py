@@ -336,4 +336,4 @@ class _AlienError(Exception):
     """Bytes that are not those of the blob that was asked for."""
 
 
-_OWN_FOLDERS = ("cas", "ac", "sets", "pins", "usage", "locks", "quarantine", "tmp")
+_OWN_FOLDERS = ("cas", "ac", "sets", "summaries", "pins", "usage", "locks", "quarantine", "tmp")

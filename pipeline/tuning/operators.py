@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.compiler import search, strategies
-from pipeline.composition import is_here, space_of
+from pipeline.composition import measured_on, space_of
 from pipeline.config import TargetFile
-from pipeline.processor import device
+from pipeline.devices import asking
+from pipeline.devices.contract import MeasuredOn
+from pipeline.devices.identity import device_of
+from pipeline.platforms import triple_of
+from pipeline.store import Store, default_root
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.scheduler import Operator
+from pipeline.tuning.staleness import Present, is_to_go_on, reasons
+from pipeline.tuning.summaries import Summaries
 from pipeline.types import Manifest, Plan, Profile, Workload
 
 _TUNED = "tuned"
@@ -41,33 +48,45 @@ class Left:
     labels: tuple[str, ...]
 
 
-def chosen(models: Iterable[Model], patterns: Sequence[str] = ()) -> tuple[list[Operator], list[Left]]:
+def chosen(
+    models: Iterable[Model], patterns: Sequence[str] = (), store: Store | None = None
+) -> tuple[list[Operator], list[Left]]:
     """The operators to tune, those that take longest first, and those that tuning would change nothing for.
 
-    `patterns` are names of operators as `doit list` shows them, with * and ?; all where there are none.
+    `patterns` are names of operators as `doit list` shows them, with * and ?; all where there are none. Raises
+    DeviceError where a device that was never used before is not there.
     """
+    models = list(models)
+    _require_known_devices(models)
     found: dict[tuple[str, str], Operator] = {}
     left: dict[tuple[str, str], list[str]] = {}
     for model in models:
         used = {each.workload: each.implementation for each in model.manifest.operators}
-        why = _why_none(model)
+        why = why_none(model)
         for workload in model.plan.workloads:
             if not workload.calls or (patterns and not any(map(workload.matches, patterns))):
                 continue
-            reason = why or _why_not(model, workload, used.get(workload.digest, ""))
+            reason = why or why_not(model, workload, used.get(workload.digest, ""))
             if reason:
                 left.setdefault((model.target, reason), []).append(workload.label)
             else:
                 place = (model.target, workload.digest)
                 found[place] = _with(found.get(place), model, workload)
-    operators = sorted(found.values(), key=lambda each: (-each.seconds * sum(each.calls.values()), each.name))
+    files = {model.target: model.file for model in models}
+    told = _with_staleness(found, files, store or Store(default_root()))
+    operators = sorted(told, key=lambda each: (-each.seconds * sum(each.calls.values()), each.name))
     return operators, [Left(target, reason, tuple(dict.fromkeys(names))) for (target, reason), names in left.items()]
+
+
+def _require_known_devices(models: Iterable[Model]) -> None:
+    """Records are kept by what a device says of itself: one that was never asked is asked now."""
+    for model in models:
+        if model.file.device is not None and not why_none(model):
+            asking.require_known(model.file.device, triple_of(model.attributes))
 
 
 def _with(known: Operator | None, model: Model, workload: Workload) -> Operator:
     """An operator with the calls of one more model."""
-    kind = str(model.attributes["kind"])
-    spaces = [space_of(model.folder, name)[0] for name in model.file.tune.spaces or search.usual(kind)]
     calls = dict(known.calls) if known is not None else {}
     calls[model.name] = workload.calls
     return Operator(
@@ -75,9 +94,31 @@ def _with(known: Operator | None, model: Model, workload: Workload) -> Operator:
         workload=workload,
         calls=calls,
         seconds=max(_seconds(model, workload), known.seconds if known is not None else 0.0),
-        key=Ledger.key_of(workload.digest, model.attributes, device()),
-        spaces=frozenset((space.name, space.version) for space in spaces),
+        key=key_of(model, workload),
+        spaces=spaces_of(model),
+        about=Ledger.about_of(workload, model.attributes, device_of(model.file)),
     )
+
+
+def _with_staleness(
+    found: Mapping[tuple[str, str], Operator], files: Mapping[str, TargetFile], store: Store
+) -> list[Operator]:
+    """The operators, by target and workload, each with whether it is stale by its target's rules."""
+    told = []
+    for target, file in files.items():
+        known = Summaries.here(store, file.measure.noise)
+        present = Present(time.time(), known.tools, file.tune.patience)
+        for (name, _), operator in found.items():
+            if name == target:
+                told.append(replace(operator, is_stale=_is_stale(operator, known, file, present)))
+        known.save()
+    return told
+
+
+def _is_stale(operator: Operator, known: Summaries, file: TargetFile, present: Present) -> bool:
+    summary = known.of(operator.key)
+    is_exhausted = operator.spaces <= frozenset(summary.exhausted)
+    return is_to_go_on(reasons(summary, file.stale, present), is_exhausted)
 
 
 def _seconds(model: Model, workload: Workload) -> float:
@@ -86,16 +127,29 @@ def _seconds(model: Model, workload: Workload) -> float:
     return total / workload.calls
 
 
-def _why_none(model: Model) -> str:
+def key_of(model: Model, workload: Workload) -> str:
+    """The key of an operator's set of records, of this machine or the devices that its target names."""
+    return Ledger.key_of(workload.digest, model.attributes, device_of(model.file))
+
+
+def spaces_of(model: Model) -> frozenset[tuple[str, int]]:
+    """Name and version of every search space that there is for a model's target."""
+    names = model.file.tune.spaces or search.usual(str(model.attributes["kind"]))
+    spaces = [space_of(model.folder, name)[0] for name in names]
+    return frozenset((space.name, space.version) for space in spaces)
+
+
+def why_none(model: Model) -> str:
     """Why tuning would change nothing for any operator of a model; "" where it may."""
-    if not is_here(model.attributes):
-        return "the target's device is not here"
+    if measured_on(model.attributes, model.file) is MeasuredOn.NOWHERE:
+        is_named = model.file.device is not None
+        return "code for a GPU is not measured over RPC" if is_named else "the target's device is not here"
     if _TUNED not in model.file.order:
         return f'"tuned" is not in the order of targets/{model.target}.toml'
     return ""
 
 
-def _why_not(model: Model, workload: Workload, implementation: str) -> str:
+def why_not(model: Model, workload: Workload, implementation: str) -> str:
     """Why tuning one operator would change nothing; "" where it may."""
     rules = [rule for rule in model.file.operators if workload.matches(rule.match)]
     if any(_TUNED in rule.forbid or (rule.only is not None and _TUNED not in rule.only) for rule in rules):
