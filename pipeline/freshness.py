@@ -32,15 +32,19 @@ from pipeline.toolchain import PACKAGES, compiler, host_identity, tvm_library
 Record = dict[str, Any]
 
 
-def record(declared: str, files: Iterable[Path], made: Iterable[Path], begun_ns: int) -> Record | None:
-    """What to keep of a build that is done, or None where one of the files that it read changed after it began.
+def record(
+    declared: str, files: Iterable[Path], made: Iterable[Path], begun_ns: int, own: Mapping[str, str] | None = None
+) -> Record | None:
+    """What to keep of a build that is done, or None where one of the files that it read changed after it began, unless
+    it wrote the file itself: `own` has the hash of what it wrote, by path.
 
     Files that are not there are kept as such: one that appears later is a change. Waits some milliseconds where a file
     that was made is too new to be stamped.
     """
     read = {str(path): Stamp.of(path) for path in files}
     # The time of the inode's change tells of a file that was moved into place as well as of one that was written.
-    if any(_changed_ns(Path(name)) >= begun_ns - RACY_NS for name in read):
+    ours = {name for name, stamp in read.items() if stamp is not None and (own or {}).get(name) == stamp.content}
+    if any(_changed_ns(Path(name)) >= begun_ns - RACY_NS for name in read.keys() - ours):
         return None
     while True:
         stamps = {**read, **{str(path): Stamp.of(path) for path in made}}

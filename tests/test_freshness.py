@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.freshness import Record, declaration, function_fingerprint, holds, record, user_files
-from pipeline.hashing import RACY_NS
+from pipeline.hashing import RACY_NS, Stamp
 from pipeline.models import Model
 
 # Records
@@ -42,6 +42,20 @@ def test_a_file_that_changed_after_the_build_began_leaves_no_record(folder: Path
     os.utime(kept, ns=(0, 0))
     kept.rename(folder / "read")  # moved into place: its own time does not tell
     assert record("declared", [folder / "read"], [folder / "made"], begun_ns=begun) is None
+
+
+def test_a_file_that_the_build_itself_wrote_is_no_change_unless_another_wrote_it_since(folder: Path) -> None:
+    begun = time.time_ns()
+    (folder / "read").write_bytes(b"written by this build")
+    stamp = Stamp.of(folder / "read")
+    assert stamp is not None
+    own = {str(folder / "read"): stamp.content}
+    assert record("declared", [folder / "read"], [], begun) is None
+    kept = record("declared", [folder / "read"], [], begun, own)
+    assert holds(kept, "declared")
+    (folder / "read").write_bytes(b"and then by somebody else")
+    assert record("declared", [folder / "read"], [], begun, own) is None
+    assert not holds(kept, "declared")
 
 
 def test_a_record_holds_while_nothing_changes(folder: Path) -> None:
