@@ -18,8 +18,9 @@ from typing import Any
 import msgspec
 
 from pipeline import weightfile
-from pipeline.errors import StoreError, explain_os_error
+from pipeline.errors import ArtifactError, StoreError, explain_os_error
 from pipeline.hashing import Digest
+from pipeline.manifests import read_manifest
 from pipeline.store import Store
 from pipeline.types import (
     LIBRARY,
@@ -73,8 +74,9 @@ def operator(workload: Workload, decision: Decision, compiled: Digest) -> Operat
     )
 
 
-def publish(store: Store, draft: Draft, folder: Path) -> None:
-    """Puts the artifact at `folder`. One that is there already with the same bytes is left as it is.
+def publish(store: Store, draft: Draft, folder: Path) -> dict[str, str]:
+    """Puts the artifact at `folder`. One that is there already with the same bytes is left as it is. Returns what was
+    wrong with the one that was there: see `damage`.
 
     It is written beside its place and exchanged with what was there in one step, so that who reads the folder sees the
     old artifact or the new one. Raises StoreError where the folder cannot be written.
@@ -85,9 +87,11 @@ def publish(store: Store, draft: Draft, folder: Path) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             manifest = _write(store, draft, scratch)
-            if not _same(folder, scratch, manifest):
+            wrong = {} if (is_same := _same(folder, scratch, manifest)) else damage(folder)
+            if not is_same:
                 scratch.chmod(0o755)
                 _exchange(scratch, folder)
+            return wrong
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
@@ -152,6 +156,28 @@ def _same(folder: Path, scratch: Path, manifest: Manifest) -> bool:
         if (folder / MANIFEST).read_bytes() != (scratch / MANIFEST).read_bytes():
             return False
         return all(Digest.of_file(folder / name) == digest for name, digest in manifest.files.items())
+    except OSError:
+        return False
+
+
+def damage(folder: Path) -> dict[str, str]:
+    """What is not as the artifact's own manifest says, by file: "missing", "changed" or "alien"; {"": "missing"} where
+    there is no artifact at all."""
+    if not folder.is_dir():
+        return {"": "missing"}
+    try:
+        own = read_manifest(folder).files
+    except ArtifactError:
+        return {MANIFEST: "changed" if (folder / MANIFEST).exists() else "missing"}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
+    wrong = {name: "missing" for name in own if name not in found}
+    wrong |= {name: "changed" for name, digest in own.items() if name in found and not _holds(folder / name, digest)}
+    return wrong | {name: "alien" for name in found if name not in own}
+
+
+def _holds(path: Path, digest: Digest) -> bool:
+    try:
+        return path.stat().st_size == digest.size and Digest.of_file(path) == digest
     except OSError:
         return False
 
