@@ -5,6 +5,8 @@ engine, seed and costs; they differ in which operator is next and in when one ha
 
     python -m bench.night                       1,000 operators, 8 hours
     python -m bench.night --operators 10000
+    python -m bench.night --posts 1 2 4 16      the same seconds of work at one post after the other, or side by side
+    python -m bench.night --waiting             posts that really wait, in threads: trials a minute with 1, 2 and 4
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import psutil
 from bench.cpu import table
 from pipeline.tuning import scheduler as scheduling
 from pipeline.tuning.events import Event, Measured
-from pipeline.tuning.fakes import FakeEngine, MemoryLedger, operator
+from pipeline.tuning.fakes import NO_FAULTS, FakeEngine, MemoryLedger, Simulated, Told, WaitingEngine, operator
 from pipeline.tuning.night import Night
 from pipeline.tuning.scheduler import Operator, Scheduler, State, Terms, Turn
 
@@ -136,12 +138,56 @@ def night(
     return watcher, work.scheduler, time.perf_counter() - begun
 
 
+def side_by_side(chosen: Sequence[Operator], posts: Sequence[int], terms: Terms, seed: int) -> None:
+    """The budget as so many seconds of posts' time, with every number of posts: trials a minute, what was reached."""
+    rows: list[tuple[object, ...]] = []
+    rate = reached = 0.0
+    for count in posts:
+        engine, ledger = FakeEngine(seed=seed, posts=count, workers=2 * count), MemoryLedger(terms.noise)
+        given = Terms(budget=(terms.budget or HOUR) / count, posts=count)
+        scheduler = Timed(chosen, ledger.standing, given)
+        begun = time.perf_counter()
+        calls = Simulated(engine.clock)
+        ended = Night(chosen, engine, ledger, given, Told(), "bench", scheduler, calls).run()
+        seconds = time.perf_counter() - begun
+        this, now = 60 * ended.trials / ended.elapsed, scheduler.now.total()
+        rate, reached = rate or this / count, reached or now
+        figures = (this / (count * rate), now * 1e3, now / reached, ended.elapsed / HOUR, ended.spent / HOUR)
+        rows.append((count, this, *figures, len(scheduler.took) / seconds))
+    heads = (
+        "posts",
+        "trials/min",
+        "of so many",
+        "latency, ms",
+        "ratio",
+        "hours",
+        "posts' hours",
+        "batches/s of the loop",
+    )
+    table(f"{len(chosen)} operators, {(terms.budget or HOUR) / HOUR:g} hours of posts' time", heads, rows)
+
+
+def really_waiting(posts: Sequence[int], seconds: float) -> None:
+    """Trials a minute of engines that wait in threads, the best of three turns each."""
+    best: dict[int, float] = {}
+    for _ in range(3):
+        for count in posts:
+            engine = WaitingEngine(posts=count, workers=2 * count, pace=0.02, faults=NO_FAULTS)
+            terms = Terms(budget=seconds / engine.pace, trials=1000)
+            ended = Night(operators(60, 5, 0), engine, MemoryLedger(), terms, Told(), "bench").run()
+            best[count] = max(best.get(count, 0.0), 60 * ended.trials / (ended.elapsed * engine.pace))
+    rows = [(count, rate, rate / (count * best[posts[0]] / posts[0])) for count, rate in best.items()]
+    table(f"posts that really wait, {seconds:g} s each", ("posts", "trials/min", "of so many"), rows)
+
+
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operators", type=int, default=1000)
     parser.add_argument("--models", type=int, default=10)
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--posts", type=int, nargs="+", help="only this: simulated nights with so many posts")
+    parser.add_argument("--waiting", action="store_true", help="only this: posts that really wait")
     parser.add_argument("--no-trace", action="store_true", help="leave out the scheduler's own memory (half the time)")
     return parser.parse_args()
 
@@ -150,6 +196,16 @@ def main() -> None:
     given = _parsed()
     terms = Terms(budget=given.hours * HOUR)
     chosen = operators(given.operators, given.models, given.seed)
+    if given.waiting:
+        really_waiting((1, 2, 4), 3.0)
+    elif given.posts:
+        side_by_side(chosen, given.posts, terms, given.seed)
+    else:
+        against_turns(given, chosen, terms)
+
+
+def against_turns(given: argparse.Namespace, chosen: Sequence[Operator], terms: Terms) -> None:
+    """The scheduler against taking the operators in turn: latencies, what decisions cost, memory."""
     ours, scheduler, seconds = night(chosen, Timed, terms, given.seed)
     turns, _, _ = night(chosen, RoundRobin, terms, given.seed)
 

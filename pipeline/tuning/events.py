@@ -1,6 +1,8 @@
 """What happens in a night, as plain records that are JSON lines as well; who watches one is told of each.
 
-begun, phase, batch, retest, operator-ended, paused, ended
+begun, phase, batch, retest, operator-ended, post, paused, ended
+
+Where an engine has one post without a name, `post` is "" everywhere, and left out of the JSON.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ class Times(msgspec.Struct, frozen=True):
     expected: float
 
 
-class Begun(msgspec.Struct, frozen=True, tag="begun", tag_field="event"):
-    """The night begins. `models`: seconds of each model's operators, untuned and now."""
+class Begun(msgspec.Struct, frozen=True, tag="begun", tag_field="event", omit_defaults=True):
+    """The night begins. `models`: seconds of each model's operators, untuned and now; `posts`: names of those that
+    measure."""
 
     at: float
     run: str
@@ -55,22 +58,25 @@ class Begun(msgspec.Struct, frozen=True, tag="begun", tag_field="event"):
     spent: float
     operators: tuple[Figures, ...]
     models: dict[str, tuple[float, float]]
+    posts: tuple[str, ...] = ()
 
 
-class Phase(msgspec.Struct, frozen=True, tag="phase", tag_field="event"):
-    """An operator is being prepared, measured, or retested; or waits ("")."""
+class Phase(msgspec.Struct, frozen=True, tag="phase", tag_field="event", omit_defaults=True):
+    """An operator is being prepared, or measured or retested at a post; or waits (""), and so does the post."""
 
     at: float
     operator: str
     phase: str
+    post: str = ""
 
 
-class Measured(msgspec.Struct, frozen=True, tag="batch", tag_field="event"):
+class Measured(msgspec.Struct, frozen=True, tag="batch", tag_field="event", omit_defaults=True):
     """A batch was measured and written.
 
     elapsed, left  seconds of this run, and of the budget; left is null without a budget
     timed, failed  candidates of the batch that got a time, and the others by outcome
-    seconds        that it took
+    seconds        that it took of its post's time
+    post           where it was measured
     """
 
     at: float
@@ -81,9 +87,10 @@ class Measured(msgspec.Struct, frozen=True, tag="batch", tag_field="event"):
     failed: dict[str, int]
     seconds: float
     models: Times
+    post: str = ""
 
 
-class Retested(msgspec.Struct, frozen=True, tag="retest", tag_field="event"):
+class Retested(msgspec.Struct, frozen=True, tag="retest", tag_field="event", omit_defaults=True):
     """A candidate that led was timed longer.
 
     claimed, gain  how many times as fast as the baseline it seemed, and is; 0 where it got no time
@@ -97,6 +104,7 @@ class Retested(msgspec.Struct, frozen=True, tag="retest", tag_field="event"):
     gain: float
     won: bool
     models: Times
+    post: str = ""
 
 
 class OperatorEnded(msgspec.Struct, frozen=True, tag="operator-ended", tag_field="event"):
@@ -105,6 +113,23 @@ class OperatorEnded(msgspec.Struct, frozen=True, tag="operator-ended", tag_field
     at: float
     operator: Figures
     why: str
+    said: str = ""
+
+
+class PostChanged(msgspec.Struct, frozen=True, tag="post", tag_field="event"):
+    """A post came, was lost, or is back.
+
+    change    "new", "lost" or "back"
+    posts     how many there are now
+    operator  whose batch it had, which is as if it had not been begun; "" where it had none
+    said      what became of it
+    """
+
+    at: float
+    post: str
+    change: str
+    posts: int
+    operator: str = ""
     said: str = ""
 
 
@@ -130,6 +155,7 @@ class End(enum.StrEnum):
     STOPPED = "stopped"  # by stop()
     NOTHING_MEASURED = "nothing measured"  # something was to do, and no candidate got a time
     VALIDATION_FAILED = "validation failed"  # every candidate of some operator was wrong
+    DESERTED = "no post left"  # all places to measure at were lost, or there was none
     BROKEN = "broken"  # the engine failed for one operator after the other
 
 
@@ -137,12 +163,13 @@ class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="event"):
     """The night is over.
 
     said       why, where it ended before its time
-    elapsed    seconds of this run; spent: of all runs, on these operators
+    elapsed    seconds of this run; spent: of all runs, on these operators, the time of all posts added up
     trials     of this run; timed: those that got a time
     operators  where each stands; gained: seconds an inference that this run took from each, all models together
     models     seconds of each model's operators: untuned, when this run began, now
-    failures   of this run, by outcome, or by the kind of error where an operator was put aside
-    more       seconds that the trials to come would take at most, and the operator with the largest share of those
+    failures   of this run, by outcome, by the kind of error where an operator was put aside, and posts lost
+    more       seconds that the trials to come would take at most, at as many posts, and the operator with the largest
+               share of those
     """
 
     at: float
@@ -161,7 +188,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended", tag_field="event"):
     next: str = ""
 
 
-Event = Begun | Phase | Measured | Retested | OperatorEnded | Paused | Ended
+Event = Begun | Phase | Measured | Retested | OperatorEnded | PostChanged | Paused | Ended
 
 
 class Watcher(Protocol):

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import msgspec
@@ -31,6 +32,7 @@ from pipeline.tuning.events import (
     OperatorEnded,
     Paused,
     Phase,
+    PostChanged,
     Retested,
     Times,
     Watcher,
@@ -38,6 +40,7 @@ from pipeline.tuning.events import (
 from pipeline.tuning.scheduler import Forecast, Plan, Scheduler
 
 _ROWS = 12  # of a live table and of a list; the rest is summed up
+_POSTS = 8  # of a live table
 _PER_SECOND = 4  # drawings of a live table
 _WIDTH = 160  # of a table where there is no terminal
 
@@ -46,6 +49,7 @@ _ENDS = {
     End.STOPPED: "stopped",
     End.NOTHING_MEASURED: "nothing could be measured",
     End.VALIDATION_FAILED: "done, but every candidate of some operator was wrong",
+    End.DESERTED: "no post is left",
     End.BROKEN: "given up",
 }
 
@@ -75,19 +79,23 @@ class Several:
 class Events:
     """Writes every event as a line of JSON. Each has `event`, its kind, and `at`, Unix time in seconds.
 
-        begun           run, budget and spent (seconds), operators (figures of each), models (seconds: untuned, now)
-        phase           operator, phase: "preparing", "measuring", "retesting", or "" where it waits
+        begun           run, budget and spent (seconds), operators (figures of each), models (seconds: untuned, now),
+                        posts (names)
+        phase           operator, phase: "preparing", "measuring", "retesting", or "" where it waits; post
         batch           operator (its figures), elapsed, left, seconds of the batch, timed, failed (by outcome), models
-                        (seconds of all models' operators: before, which is untuned, now, and expected)
-        retest          operator (its figures), candidate, claimed (its gain before), gain, won, models (as of a batch)
+                        (seconds of all models' operators: before, which is untuned, now, and expected); post
+        retest          operator (its figures), candidate, claimed (its gain before), gain, won, models (as of a batch);
+                        post
         operator-ended  operator (its figures), why, said
+        post            post, change ("new", "lost" or "back"), posts (how many there are), operator, said
         paused          why
         ended           end, said, budget, elapsed, spent, trials, timed, operators (figures), gained (seconds by
                         operator), models (seconds: untuned, before this run, now), failures (by cause: count, operator,
                         said), more (seconds), next (operator)
 
     Figures are: operator, calls (by model), share, baseline and best (seconds of a call), gain, trials, timed, failed
-    (by outcome), winners, spent (seconds), why. The last line is `ended`, also where an error ended the night.
+    (by outcome), winners, spent (seconds), why. `posts` and `post`, where it measures, are left out where there is
+    but one that has no name. The last line is `ended`, also where an error ended the night.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -121,24 +129,27 @@ def said(event: Event) -> str:
         case Begun():
             budget = f", {clock(event.budget)} for all" if event.budget is not None else ""
             spent = f", {clock(event.spent)} spent before" if event.spent else ""
-            return f"tuning {_counted(len(event.operators), 'operator')}{budget}{spent}"
+            posts = f" at {_counted(len(event.posts), 'post')}" if event.posts else ""
+            return f"tuning {_counted(len(event.operators), 'operator')}{posts}{budget}{spent}"
         case Measured():
             left = f", {clock(event.left)} left" if event.left is not None else ""
             parts = ", ".join([f"{event.timed} timed", *_causes(event.failed)])
             return (
                 f"[{clock(event.elapsed)}{left}] {event.operator.operator}: {parts}; {_gain(event.operator)}; "
-                f"models {duration(event.models.before)} → {duration(event.models.now)}"
+                f"models {duration(event.models.before)} → {duration(event.models.now)}{_at(event.post)}"
             )
         case Retested(won=True):
-            return f"{event.operator.operator}: {event.gain:.2f} times as fast, confirmed"
+            return f"{event.operator.operator}: {event.gain:.2f} times as fast, confirmed{_at(event.post)}"
         case Retested():
             told = f"{event.gain:.2f} times" if event.gain else "no time"
             claimed = f"{event.operator.operator}: {event.claimed:.2f} times as fast"
-            return f"{claimed} was not confirmed: {told} when timed longer"
+            return f"{claimed} was not confirmed: {told} when timed longer{_at(event.post)}"
         case OperatorEnded():
             why = f"{event.why}: {event.said}" if event.said else event.why
             trials = _counted(event.operator.trials, "trial")
             return f"{event.operator.operator} has ended: {why}; {_gain(event.operator)} after {trials}"
+        case PostChanged():
+            return _post_line(event)
         case Paused():
             return f"waiting: {event.why}"
         case Ended():
@@ -147,8 +158,37 @@ def said(event: Event) -> str:
             return ""
 
 
+def _at(post: str) -> str:
+    return f"; post {post}" if post else ""
+
+
+def _post_line(event: PostChanged) -> str:
+    """What became of a post, of its batch, and how many are left."""
+    name = f"post {event.post}" if event.post else "the post"
+    if event.change != "lost":
+        return f"{name} is {'back' if event.change == 'back' else 'there'}: {_counted(event.posts, 'post')}"
+    said = f": {event.said}" if event.said else ""
+    batch = f"; what it had of {event.operator} is taken up again" if event.operator else ""
+    return f"{name} is lost{said}{batch}; {_counted(event.posts, 'post')} left"
+
+
+@dataclass
+class _Place:
+    """What is known of a post: since when it is watched, what it does, its trials, and how often it was lost."""
+
+    since: float
+    doing: str = ""
+    trials: int = 0
+    losses: int = 0
+    is_there: bool = True
+
+    def rate(self, now: float) -> float:
+        """Trials a minute."""
+        return 60 * self.trials / max(now - self.since, 1e-9)
+
+
 class Live:
-    """A table in a terminal: the operators with the largest shares, and what is done at the moment.
+    """A table in a terminal: the operators with the largest shares, and what is done at the moment, at which post.
 
     Begins with the event `begun` and gives way to the summary with `ended`.
     """
@@ -161,6 +201,7 @@ class Live:
         self._live: Any = None
         self._rows: dict[str, Figures] = {}
         self._phases: dict[str, str] = {}
+        self._places: dict[str, _Place] = {}  # by the post's name; none where there is but one without a name
         self._begun: Begun | None = None
         self._last: Measured | None = None
         self._times = Times(0.0, 0.0, 0.0)
@@ -183,15 +224,24 @@ class Live:
             case Begun():
                 self._begun = event
                 self._rows = {each.operator: each for each in event.operators}
+                self._places = {name: _Place(event.at) for name in event.posts}
             case Phase():
                 self._phases[event.operator] = event.phase
                 if not event.phase:
                     del self._phases[event.operator]
+                if event.post in self._places:
+                    self._places[event.post].doing = f"{event.phase} {event.operator}" if event.phase else ""
                 self._paused = ""
             case Measured():
                 self._last, self._times = event, event.models
                 self._trials += event.timed + sum(event.failed.values())
                 self._rows[event.operator.operator] = event.operator
+                if event.post in self._places:
+                    self._places[event.post].trials += event.timed + sum(event.failed.values())
+            case PostChanged():
+                place = self._places.setdefault(event.post, _Place(event.at))
+                place.is_there = event.change != "lost"
+                place.losses += not place.is_there
             case Retested():
                 self._rows[event.operator.operator] = event.operator
                 self._times = event.models
@@ -219,7 +269,8 @@ class Live:
         from rich.text import Text
 
         with self._lock:
-            return Group(Text(self._header()), self._table())
+            places = [self._posts_table()] if self._places else []
+            return Group(Text(self._header()), *places, self._table())
 
     def _header(self) -> str:
         elapsed = self._now - self._begun.at if self._begun is not None else 0.0
@@ -235,6 +286,34 @@ class Live:
         if self._paused:
             parts.append(f"waiting: {self._paused}")
         return ", ".join(parts)
+
+    def _posts_table(self) -> Any:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        there = sum(each.is_there for each in self._places.values())
+        made = Table(box=SIMPLE_HEAD, pad_edge=False)
+        made.add_column(f"{there} of {_counted(len(self._places), 'post')}", no_wrap=True, max_width=32)
+        made.add_column("state", no_wrap=True, max_width=64)
+        for name in ("trials", "trials/min", "lost"):
+            made.add_column(name, justify="right", no_wrap=True)
+        shown = sorted(self._places, key=lambda name: self._places[name].is_there)[:_POSTS]  # those that are lost first
+        for name, each in self._places.items():
+            if name in shown:
+                made.add_row(*self._post_cells(name or "the post", [each]))
+        if len(shown) < len(self._places):
+            rest = [each for name, each in self._places.items() if name not in shown]
+            made.add_row(*self._post_cells(f"{len(rest)} more", rest))
+        return made
+
+    def _post_cells(self, name: str, places: Sequence[_Place]) -> tuple[str, ...]:
+        """Of one post, or summed up of several."""
+        said = [each.doing or "waits" if each.is_there else "lost" for each in places]
+        kinds = Counter(each.partition(" ")[0] for each in said)
+        state = said[0] if len(places) == 1 else ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        rate = sum(each.rate(self._now) for each in places)
+        losses = sum(each.losses for each in places)
+        return name, state, str(sum(each.trials for each in places)), f"{rate:.0f}", str(losses or "")
 
     def _table(self) -> Any:
         from rich.box import SIMPLE_HEAD
@@ -332,6 +411,8 @@ def _what_next(ended: Ended) -> list[str]:
     found = ["doit build uses what was found"] if ended.gained else []
     if ended.end is End.STOPPED:
         return [*found, "doit tune, with the same options, goes on from here"]
+    if ended.end is End.DESERTED:
+        return [*found, "doit tune, with the same options, goes on once there is a post to measure at"]
     if ended.end in (End.BROKEN, End.NOTHING_MEASURED):
         return [*found, "doit doctor says what this machine lacks"]
     if ended.more and ended.budget is not None:

@@ -6,21 +6,29 @@ Everything follows from the seed and the operators' keys: the same night twice i
     engine, ledger = fakes.FakeEngine(), fakes.MemoryLedger()
     ended = Night(operators, engine, ledger, Terms(budget=3600.0), watcher).run()
 
-An hour of a fake night takes some milliseconds for each hundred of its trials.
+An hour of a fake night takes some milliseconds for each hundred of its trials. With several posts, whose time passes
+side by side:
+
+    engine = fakes.FakeEngine(posts=4, workers=8)
+    ended = Night(operators, engine, ledger, terms, watcher, calls=fakes.Simulated(engine.clock)).run()
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import itertools
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.hashing import Digest
+from pipeline.tuning.calls import perform
 from pipeline.tuning.events import Event
 from pipeline.tuning.night import Batch
 from pipeline.tuning.records import (
@@ -35,6 +43,8 @@ from pipeline.tuning.records import (
 )
 from pipeline.tuning.scheduler import Operator
 from pipeline.types import Workload
+
+T = TypeVar("T")
 
 SPACE = ("fake", 1)
 
@@ -73,6 +83,50 @@ class FakeClock:
         """Does nothing where it is later already."""
         with self._lock:
             self._at = max(self._at, at)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What passes within the block passes beside everything else: afterwards it is as early as before."""
+        begun = self._at
+        try:
+            yield
+        finally:
+            self._at = begun
+
+
+class Simulated:
+    """Calls (see pipeline.tuning.calls) that all take place side by side on one fake clock, in one thread.
+
+    A call's work is done when it begins; it has ended when the clock has come to where the work left it, and the clock
+    jumps there when nothing else is to do: a simulation by discrete events.
+    """
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self._to_end: list[tuple[float, int, Future[Any], Future[Any]]] = []
+        self._begun = itertools.count()
+
+    def begin(self, call: Callable[..., T], *arguments: Any, post: str = "") -> Future[T]:
+        done: Future[T] = Future()
+        with self._clock.aside():
+            perform(done, call, *arguments, post=post)
+            at = self._clock.now()
+        future: Future[T] = Future()
+        heapq.heappush(self._to_end, (at, next(self._begun), future, done))
+        return future
+
+    def ended(self, seconds: float) -> Future[Any] | None:
+        """The next call, however long it takes by the fake clock; only one that is over where nobody waits."""
+        if not self._to_end or (seconds <= 0 and self._to_end[0][0] > self._clock.now()):
+            return None
+        at, _, future, done = heapq.heappop(self._to_end)
+        self._clock.advance_to(at)
+        error = done.exception()
+        if error is None:
+            future.set_result(done.result())
+        else:
+            future.set_exception(error)
+        return future
 
 
 @dataclass(frozen=True)
@@ -141,6 +195,7 @@ Hook = Callable[[str, Operator], None]
 class FakeEngine:
     """An engine (see pipeline.tuning.night) whose candidates are numbers.
 
+    posts    that measure at once: their times pass side by side with `Simulated` calls, and with no others
     curves   of operators by key; of the others one drawn from the seed, some of which have nothing to gain
     hook     called at the beginning of "prepare", "measure", "retest" and "learn", where it may raise, wait or stop
     made     how often each candidate was measured, by operator's key and digest
@@ -148,6 +203,8 @@ class FakeEngine:
 
     seed: int = 0
     workers: int = 0
+    posts: int = 1
+    post_names: Sequence[str] = ()
     clock: FakeClock = field(default_factory=FakeClock)
     costs: Costs = Costs()
     faults: Faults = Faults()
@@ -239,6 +296,32 @@ class FakeEngine:
 
     def _random(self, operator: Operator, what: str, index: int) -> random.Random:
         return random.Random(f"{self.seed} {what} {index} {operator.key}")
+
+
+@dataclass
+class WaitingEngine(FakeEngine):
+    """A fake engine whose time is real: it waits, and computes next to nothing. For calls in threads.
+
+    pace  real seconds of one second of its costs
+    """
+
+    pace: float = 0.01
+    _started: float = field(default_factory=time.monotonic)
+
+    def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
+        time.sleep(self.pace * count * (self.costs.propose + self.costs.build))
+        return super().prepare(operator, standing, count)
+
+    def measure(self, operator: Operator, batch: Batch) -> list[Record]:
+        time.sleep(self.pace * (self.costs.batch + len(batch.candidates) * self.costs.measure))
+        return super().measure(operator, batch)
+
+    def retest(self, operator: Operator, standing: Standing, leader: TrialRecord) -> list[Record]:
+        time.sleep(self.pace * self.costs.retest)
+        return super().retest(operator, standing, leader)
+
+    def now(self) -> float:
+        return _BEGIN + (time.monotonic() - self._started) / self.pace
 
 
 def candidate(operator: Operator, index: int) -> str:

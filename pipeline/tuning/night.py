@@ -1,129 +1,65 @@
-"""The loop of a night: batches are prepared side by side, measured one at a time, and written down at once.
+"""The loop of a night: batches are prepared side by side, measured one at a time at each post, and written at once.
 
-    pick ─ claim ─ prepare ┐
-    pick ─ claim ─ prepare ┴─ measure ─ add records ─ retest the leader ─ learn ─ pick …
+    pick ─ claim ─ prepare ┐   ┌ post ─ measure ─ add records ─ retest the leader ─ learn ─ pick …
+    pick ─ claim ─ prepare ┼───┤
+    pick ─ claim ─ prepare ┘   └ post ─ measure ─ …
 
-What is measured is written before anything else happens, so that a night that is killed loses the running batch at
-most. A first `stop()` lets the batch end that is being measured, with the retest of what leads in it, and drops those
-in preparation; a second one gives up at once. What one sees of it are events: pipeline.tuning.events.
+One thread picks, claims, writes and tells; the engine's calls run elsewhere, and the loop goes on with whichever has
+ended. What a batch goes through at its post: pipeline.tuning.batch. At which post: pipeline.tuning.posts.
+
+What is measured is written before anything else happens, so that a night that is killed loses the running batches at
+most. A first `stop()` lets the batches end that are being measured, with one retest each of what leads in them, and
+drops those in preparation; a second one gives up at once. What one sees of it are events: pipeline.tuning.events.
 
 An engine that fails for one operator puts that operator aside. Three failures of one kind in a row are the machine's,
-and end the night. The store's errors end it at once. Needs no TVM.
+and end the night. The store's errors end it at once. Where a post is lost its batch is as if it had not been begun, and
+a retest is made again; whoever loses three in a row is put aside, and a night without a post ends. Needs no TVM.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
-
-import msgspec
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline.errors import StoreError, last_line
-from pipeline.tuning.events import (
-    Begun,
-    End,
-    Ended,
-    Event,
-    Failure,
-    Figures,
-    Measured,
-    OperatorEnded,
-    Paused,
-    Phase,
-    Retested,
-    Times,
-    Watcher,
-)
-from pipeline.tuning.records import CompletedRecord, Outcome, Record, RetestRecord, Standing, TrialRecord, ratio
+from pipeline.tuning.account import POST_LOST, Account
+from pipeline.tuning.batch import Batch as Batch
+from pipeline.tuning.batch import Course, Courses, RetestLostError
+from pipeline.tuning.batch import Engine as Engine
+from pipeline.tuning.batch import Ledger as Ledger
+from pipeline.tuning.batch import PostLostError as PostLostError
+from pipeline.tuning.calls import Calls, InTurn, Threads
+from pipeline.tuning.events import End, Ended, Watcher
+from pipeline.tuning.posts import Post, Posts
+from pipeline.tuning.records import CompletedRecord, Outcome
 from pipeline.tuning.scheduler import Operator, Scheduler, State, Terms, Turn, Why
-
-T = TypeVar("T")
 
 _POLL = 0.1  # seconds until a stop is seen while something is waited for
 _ELSEWHERE = 0.5  # seconds until operators that another run has are asked for again
-_IN_A_ROW = 3  # failures of one kind that are no longer an operator's own
-_FRUITLESS = 3  # batches in a row without anything new, until an operator has ended
-_RETESTS = 2  # of one batch at most
+_IN_A_ROW = 3  # failures of one kind that are no longer an operator's own; posts that one operator may lose
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Candidates of one operator, built and ready to be measured.
-
-    candidates  by digest: whatever the engine needs to measure one
-    records     what is known without measuring: what could not be built, a space that has nothing more
-    """
-
-    candidates: Mapping[str, Any] = field(default_factory=dict)
-    records: tuple[Record, ...] = ()
-
-    def without(self, tried: Collection[str]) -> Batch:
-        """What of it nobody has tried."""
-        return Batch(
-            {digest: each for digest, each in self.candidates.items() if digest not in tried},
-            tuple(each for each in self.records if not (isinstance(each, TrialRecord) and each.candidate in tried)),
-        )
-
-
-class Engine(Protocol):
-    """How candidates are proposed, built and measured. Records leave `cost`, `at` and `run` to the night."""
-
-    workers: int  # how many prepare() may run at once; 0: each in turn, in the night's own thread
-
-    def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
-        """Proposes and builds at most `count` candidates, none that the standing says was tried. In any thread."""
-        ...
-
-    def measure(self, operator: Operator, batch: Batch) -> Sequence[Record]:
-        """Tries every candidate of a batch. Called for one batch at a time: the machine is quiet."""
-        ...
-
-    def retest(self, operator: Operator, standing: Standing, leader: TrialRecord) -> Sequence[Record]:
-        """Times the leader longer, in turn with the best winner and the baseline. As quiet as `measure`."""
-        ...
-
-    def learn(self, operator: Operator, records: Sequence[Record]) -> None:
-        """Takes in what was measured. May return before it is done."""
-        ...
-
-    def now(self) -> float:
-        """Unix time in seconds, as a clock that only goes forward."""
-        ...
-
-    def close(self) -> None:
-        """Ends what still runs; calls that are under way may raise."""
-        ...
-
-
-class Ledger(Protocol):
-    """The sets of records, as the night uses them. Called from the night's thread alone."""
-
-    def standing(self, key: str) -> Standing:
-        """Where the operator with this key stands, records of other runs included."""
-        ...
-
-    def add(self, key: str, about: Mapping[str, Any], records: Sequence[Record]) -> object:
-        """Writes records; they are safe when it returns. `about` says in words what the set is of."""
-        ...
-
-    def claim(self, key: str) -> AbstractContextManager[bool]:
-        """Yields whether no other run is at this operator; keeps others from it within the block."""
-        ...
-
-
-@dataclass
+@dataclass(eq=False)
 class _Pending:
     """A batch in preparation, or ready."""
 
     turn: Turn
+    picked: float
     batch: Future[Batch]
+    is_ready: bool = False
+
+
+@dataclass(eq=False)
+class _Running:
+    """A batch at a post."""
+
+    post: Post
+    course: Course[None]
 
 
 class _GivenUpError(Exception):
@@ -142,29 +78,34 @@ class Night:
         watcher: Watcher,
         run: str = "",
         scheduler: Scheduler | None = None,
+        calls: Calls | None = None,
     ) -> None:
+        """`calls` for simulations alone; a `scheduler` that is given has terms with as many posts as the engine."""
+        terms = replace(terms, posts=max(1, engine.posts))
         self.scheduler = scheduler or Scheduler(operators, ledger.standing, terms)
         self._engine = engine
         self._ledger = ledger
-        self._terms = terms
-        self._watcher = watcher
         self._run = run
         self._stops = 0
+        self._calls = calls or (Threads() if engine.workers else InTurn())
+        self._account = Account(self.scheduler, watcher, engine.now)
+        self._courses = Courses(
+            engine, ledger, self.scheduler, self._account, self._calls, run, lambda: bool(self._stops)
+        )
+        self._posts = Posts(engine)
         self._pending: list[_Pending] = []
+        self._preparing: dict[Future[Batch], _Pending] = {}
+        self._running: dict[Future[Any], _Running] = {}  # by the call that they wait for
+        self._unretested: deque[Operator] = deque()  # whose post was lost when it retested what leads
         self._elsewhere: list[Turn] = []
         self._waits = False  # for other runs, and has said so
         self._claims = _Claims(ledger)
-        self._in_hand: dict[str, set[str]] = {}  # digests that are being measured, by operator
-        self._visited: set[str] = set()
-        self._told_ended: dict[str, Why] = {}
-        self._fruitless: Counter[str] = Counter()
+        self._in_hand: dict[str, Collection[str]] = {}  # digests that are being measured, by operator
         self._row: tuple[str, int] = ("", 0)  # kind of the last failures, and how many there were in a row
+        self._lost: Counter[str] = Counter()  # posts in a row, by operator
+        self._last_lost = ""  # what was said of the last post that was lost
+        self._is_deserted = False  # no post is left
         self._broken = ""
-        self._failures: dict[str, Failure] = {}
-        self._trials = self._timed = 0
-        self._fresh = 0  # trials, but for second tries where others have a time
-        self._begun = self._counted = 0.0
-        self._gains: dict[str, float] = {}  # of each operator, when the run began
 
     def stop(self) -> None:
         """Ends the night at the next safe point; called again, at once. From a signal handler or any thread."""
@@ -175,31 +116,27 @@ class Night:
 
         Raises StoreError, and whatever is not the engine's, after what was measured is written and the end is told.
         """
-        self._begun = self._counted = self._engine.now()
-        now = self.scheduler.now
-        models = {model: (float(self.scheduler.before[model]), float(seconds)) for model, seconds in now.items()}
-        self._gains = {key: state.gain for key, state in self.scheduler.states.items()}
-        figures = tuple(self._figures(state) for state in self.scheduler.states.values())
-        self._tell(Begun(self._begun, self._run, self._terms.budget, self.scheduler.spent, figures, models))
+        self._posts.muster(self._engine.now())
+        self._account.begin(self._run, self._posts.names)
         try:
             self._work_and_leave()
         except BaseException as error:
             self._broken = last_line(error)
-            self._tell(self._ended())
+            self._account.tell_ended(self._account.ended(self._end(), self._broken))
             raise
-        ended = self._ended()
+        ended = self._account.ended(self._end(), self._broken)
         if ended.end is not End.STOPPED and not self._broken:
             self._complete()
-        self._tell(ended)
+        self._account.tell_ended(ended)
         return ended
 
     def _complete(self) -> None:
         """Notes that the budget was used to its end: the same one again gives these operators nothing."""
-        budget = self._terms.budget
+        budget = self.scheduler.terms.budget
         for state in self.scheduler.states.values():
             if budget is not None and state.why is not Why.PUT_ASIDE and state.completed < budget:
                 record = CompletedRecord(budget=budget, at=self._engine.now(), run=self._run)
-                self._ledger.add(state.operator.key, _about(state.operator), [record])
+                self._ledger.add(state.operator.key, state.operator.about, [record])
 
     # The loop.
 
@@ -208,25 +145,51 @@ class Night:
             leaving.callback(self._engine.close)
             leaving.callback(self._claims.release_all)
             leaving.callback(self._write_what_is_ready)
+            leaving.callback(self._give_up_what_runs)
             with contextlib.suppress(_GivenUpError):
                 self._work()
 
     def _work(self) -> None:
-        while not self._stops and not self._broken:
-            self._fill()
-            if self._pending:
-                ready = self._await_ready()
-                if ready is not None:
-                    self._take_up(ready)
-            elif self._elsewhere and not self._is_over():
+        while True:
+            while (ended := self._calls.ended(0.0)) is not None:
+                self._go_on(ended)
+            if not self._running and (self._stops or self._broken):
+                return
+            if not (self._stops or self._broken) and self._begin():
+                continue
+            if self._running or self._preparing:
+                self._await()
+            elif self._elsewhere and not self._is_over() and not self._broken:
                 self._wait_for_others()
             else:
                 return
 
+    def _begin(self) -> bool:
+        """Whether a batch was taken up, or dropped. Where posts are free, others are put in preparation for them."""
+        self._muster()
+        if not self._posts.has_free or self._broken:
+            return False
+        self._fill()
+        if self._unretested and not self._stops:
+            post = self._posts.take()
+            self._step(_Running(post, self._retested(self._unretested.popleft(), post)))
+            return True
+        coming = (each for each in self._pending if each.turn.operator.key not in self._in_hand)
+        ready = next((each for each in coming if each.is_ready), None)
+        if ready is None:
+            self._posts.rest(sum(each.turn.operator.key not in self._in_hand for each in self._pending))
+            return False
+        if not self._stops:
+            self._pending.remove(ready)
+            post = self._posts.take()
+            self._step(_Running(post, self._taken_up(ready, post)))
+        return True
+
     def _fill(self) -> None:
-        """Has as many batches in preparation as the engine takes."""
-        while len(self._pending) < max(1, self._engine.workers) and not self._stops:
-            turn = self.scheduler.pick(self._elapsed_when_counted)
+        """Has as many batches in preparation as the engine takes, and ready as there are posts."""
+        workers = max(1, self._engine.workers)
+        while len(self._pending) < max(workers, self._posts.count) and len(self._preparing) < workers:
+            turn = self.scheduler.pick(self._account.elapsed) if not self._stops else None
             if turn is None:
                 return
             key = turn.operator.key
@@ -237,39 +200,51 @@ class Night:
             state = self.scheduler.states[key]
             if len(standing.trials) != state.trials:  # another run was there in the meantime
                 self.scheduler.put_back(turn)
-                self._note_ended(self.scheduler.update(turn.operator, standing))
+                self._account.note_ended(self.scheduler.update(turn.operator, standing))
                 self._claims.release(key)
                 continue
-            known = replace(standing, tried=standing.tried | self._in_hand.get(key, set()))
-            self._tell_phase(turn.operator, "preparing")
-            self._pending.append(_Pending(turn, self._begin(self._prepare, turn, known)))
+            known = replace(standing, tried=standing.tried.union(self._in_hand.get(key, ())))
+            self._account.tell_phase(turn.operator, "preparing")
+            picked = self._engine.now()
+            batch = self._calls.begin(self._engine.prepare, turn.operator, known, turn.count)
+            self._preparing[batch] = pending = _Pending(turn, picked, batch)
+            self._pending.append(pending)
 
-    def _prepare(self, turn: Turn, standing: Standing) -> Batch:
-        return self._engine.prepare(turn.operator, standing, turn.count)
+    def _await(self) -> None:
+        """Waits a moment for a call to end."""
+        if self._stops > 1:
+            raise _GivenUpError
+        ended = self._calls.ended(_POLL)
+        if ended is not None:
+            self._go_on(ended)
 
-    def _await_ready(self) -> _Pending | None:
-        """The batch that was picked first among those that are ready; None where the night is stopped before."""
-        while True:
-            done, _ = wait([each.batch for each in self._pending], _POLL, FIRST_COMPLETED)
-            if self._stops:
-                return None
-            for each in self._pending:
-                if each.batch in done:
-                    self._pending.remove(each)
-                    return each
+    def _go_on(self, ended: Future[Any]) -> None:
+        """Something is prepared, or a batch has what it waits for."""
+        if ended in self._preparing:
+            self._preparing.pop(ended).is_ready = True
+        elif ended in self._running:
+            self._step(self._running.pop(ended))
+
+    def _step(self, running: _Running) -> None:
+        waits_for = next(running.course, None)
+        if waits_for is not None:
+            self._running[waits_for] = running
+        else:
+            self._posts.give_back(running.post)
 
     def _is_over(self) -> bool:
-        return self._terms.budget is not None and self._elapsed_when_counted >= self._terms.budget
+        budget = self.scheduler.terms.budget
+        return budget is not None and self._account.elapsed >= budget
 
     def _wait_for_others(self) -> None:
         """Other runs have all operators that are left. To wait for them costs no operator anything."""
         if not self._waits:
-            self._tell(Paused(self._engine.now(), "another run is at all operators that are left"))
+            self._account.tell_paused("another run is at all operators that are left")
             self._waits = True
         for _ in range(round(_ELSEWHERE / _POLL)):
             if not self._stops:
                 time.sleep(_POLL)
-        self._counted = self._engine.now()
+        self._account.counted = self._engine.now()
         self._ask_for_others()
 
     def _ask_for_others(self) -> None:
@@ -277,15 +252,15 @@ class Night:
         asked, self._elsewhere = self._elsewhere, []
         for turn in asked:
             self.scheduler.put_back(turn)
-            self._note_ended(self.scheduler.update(turn.operator, self._ledger.standing(turn.operator.key)))
+            self._account.note_ended(self.scheduler.update(turn.operator, self._ledger.standing(turn.operator.key)))
 
     # One batch.
 
-    def _take_up(self, pending: _Pending) -> None:
+    def _taken_up(self, pending: _Pending, post: Post) -> Course[None]:
         turn, operator = pending.turn, pending.turn.operator
         self._waits = False
         try:
-            if not self.scheduler.may_go_on(turn, self._elapsed_when_counted):
+            if not self.scheduler.may_go_on(turn, self._account.elapsed):
                 self.scheduler.put_back(turn)
                 return  # the budget was spent, or the operator ended, while it was prepared
             before = self._ledger.standing(operator.key)
@@ -297,237 +272,105 @@ class Night:
             if self._stops:
                 self._pending.append(pending)  # built, and not measured
                 return
-            written = self._measured(operator, batch)
-            state = self.scheduler.finish(turn, self._ledger.standing(operator.key))
-            self._learn_from(operator, written, state, {each.candidate for each in (*before.trials, *before.claims)})
-            self._row = ("", 0)
-        except (StoreError, _GivenUpError):
+            post.begin(pending.picked)
+            known = {each.candidate for each in (*before.trials, *before.claims)}
+            yield from self._watched(operator, post, self._courses.follow(turn, batch, known, post))
+        except StoreError:
             raise
         except Exception as error:  # an engine may fail in any way: that is the operator's, until it is everyone's
             self._put_aside(operator, error)
         finally:
-            self._in_hand.pop(operator.key, None)
-            self._claims.release(operator.key)
-            self._tell_phase(operator, "")
+            self._leave(operator, post)
         self._ask_for_others()
 
-    def _measured(self, operator: Operator, batch: Batch) -> list[Record]:
-        """Everything that came of a batch, written."""
-        written = [*batch.records]
+    def _retested(self, operator: Operator, post: Post) -> Course[None]:
+        """What leads of an operator, once more after its post was lost; also of one that has ended."""
+        if not self._claims.take(operator.key):
+            return  # another run has it, and sees to it
+        self._in_hand[operator.key] = ()
+        post.begin(self._engine.now())
         try:
-            if batch.candidates:
-                self._tell_phase(operator, "measuring")
-                written += self._in_thread(self._engine.measure, operator, batch)
+            yield from self._watched(operator, post, self._courses.retest(operator, post))
+        except StoreError:
+            raise
+        except Exception as error:
+            self._put_aside(operator, error)
         finally:
-            written = self._add(operator, written)
-        return written
+            self._leave(operator, post)
 
-    def _learn_from(self, operator: Operator, written: Sequence[Record], state: State, known: Collection[str]) -> None:
-        """Tells of a batch, retests what leads, and lets the engine learn. `known` had been tried before."""
-        trials = [each for each in written if isinstance(each, TrialRecord)]
-        self._trials += len(trials)
-        self._timed += sum(trial.outcome is Outcome.TIMED for trial in trials)
-        self._fresh += sum(not state.timed or trial.candidate not in known for trial in trials)
-        self._note_failures(operator, trials)
-        took = sum(each.cost for each in written)
-        failed = Counter(str(each.outcome) for each in trials if each.outcome is not Outcome.TIMED)
-        self._tell(self._batch_event(state, len(trials) - failed.total(), dict(failed), took))
-        retests = self._retest(operator, trials)
-        state = self.scheduler.update(operator, self._ledger.standing(operator.key))
-        if written and not self._stops:
-            self._in_thread(self._engine.learn, operator, [*written, *retests])
-        self._fruitless[operator.key] = 0 if written else self._fruitless[operator.key] + 1
-        if state.why is None and self._fruitless[operator.key] >= _FRUITLESS:
-            self.scheduler.end(operator, Why.EXHAUSTED, "nothing new was proposed")
-        self._note_ended(state)
+    def _watched(self, operator: Operator, post: Post, course: Course[None]) -> Course[None]:
+        """A course, and what becomes of it where its post is lost."""
+        try:
+            yield from course
+        except PostLostError as error:
+            self._lose(post, operator, last_line(error))
+            if isinstance(error, RetestLostError) and self.scheduler.states[operator.key].why is not Why.PUT_ASIDE:
+                self._unretested.append(operator)
+        else:
+            self._row = ("", 0)
+            del self._lost[operator.key]
 
-    def _retest(self, operator: Operator, trials: Sequence[TrialRecord]) -> list[Record]:
-        """Retests what of a batch seems better than the best winner, the best first, until one is."""
-        written: list[Record] = []
-        standing = self._ledger.standing(operator.key)
-        if operator.key not in self._visited:  # an earlier run may have been killed before it came to this
-            self._visited.add(operator.key)
-            trials = standing.trials
-        timed = [
-            trial for trial in trials if trial.outcome is Outcome.TIMED and trial.candidate not in standing.retested
-        ]
-        for leader in sorted(timed, key=_sure_ratio, reverse=True)[:_RETESTS]:
-            if _sure_ratio(leader) <= standing.gain * (1 + self._terms.noise):
-                break
-            self._tell_phase(operator, "retesting")
-            again = self._add(operator, self._in_thread(self._engine.retest, operator, standing, leader))
-            self._note_failures(operator, again)  # a second look may find that it is wrong
-            written += again
-            standing = self._ledger.standing(operator.key)
-            state = self.scheduler.update(operator, standing)
-            won = standing.best is not None and standing.best.trial.candidate == leader.candidate
-            gain = next((_gain(record) for record in again if _is_retest_of(record, leader)), 0.0)
-            figures = self._figures(state)
-            self._tell(Retested(self._counted, figures, leader.candidate, ratio(leader), gain, won, self._times()))
-            if won:
-                break
-        return written
+    def _leave(self, operator: Operator, post: Post) -> None:
+        self._in_hand.pop(operator.key, None)
+        self._claims.release(operator.key)
+        self._account.tell_phase(operator, "", post.name)
 
-    def _add(self, operator: Operator, records: Sequence[Record]) -> list[Record]:
-        """Writes records, with the time since the last ones as their cost."""
-        if not records:
-            return []
-        begun, self._counted = self._counted, self._engine.now()
-        each = (self._counted - begun) / len(records)
-        written: list[Record] = [
-            msgspec.structs.replace(record, cost=each, at=begun + each * (i + 1), run=self._run)
-            for i, record in enumerate(records)
-        ]
-        self._ledger.add(operator.key, _about(operator), written)
-        return written
+    def _give_up_what_runs(self) -> None:
+        """What is known of batches that are at a post is written, before they are measured to their ends or not."""
+        for running in self._running.values():
+            running.course.close()
 
     def _write_what_is_ready(self) -> None:
         """What is known of batches that were built and will not be measured."""
         for each in self._pending:
             if each.batch.done() and each.batch.exception() is None:
                 tried = self._ledger.standing(each.turn.operator.key).tried
-                self._add(each.turn.operator, each.batch.result().without(tried).records)
+                records = each.batch.result().without(tried).records
+                self._courses.add(each.turn.operator, records, self._posts.any())
 
     # What goes wrong.
 
     def _put_aside(self, operator: Operator, error: Exception) -> None:
         kind, said = type(error).__name__, last_line(error)
         self._row = (kind, self._row[1] + 1 if self._row[0] == kind else 1)
-        self._note_failure(kind, operator, said)
-        self._note_ended(self.scheduler.end(operator, Why.PUT_ASIDE, said))
+        self._account.note_failure(kind, operator, said)
+        self._account.note_ended(self.scheduler.end(operator, Why.PUT_ASIDE, said))
         if self._row[1] >= _IN_A_ROW:
             self._broken = f"{_IN_A_ROW} operators in a row failed, the last with: {said}"
 
-    def _note_failures(self, operator: Operator, records: Sequence[Record]) -> None:
-        for record in records:
-            if isinstance(record, TrialRecord) and record.outcome is not Outcome.TIMED:
-                self._note_failure(str(record.outcome), operator, record.said)
+    def _lose(self, post: Post, operator: Operator, said: str) -> None:
+        """A post is gone, with the batch that it had. The operator may be picked again, but not for ever: it may be
+        what posts die of."""
+        self._posts.lose(post)
+        self._last_lost = said
+        self._account.note_failure(POST_LOST, operator, said)
+        self._account.tell_post(post, self._posts.count, operator.name, said)
+        self._lost[operator.key] += 1
+        if (times := self._lost[operator.key]) >= _IN_A_ROW:
+            why = f"its post was lost {times} times in a row, the last time: {said}"
+            self._account.note_ended(self.scheduler.end(operator, Why.PUT_ASIDE, why))
 
-    def _note_failure(self, kind: str, operator: Operator, said: str) -> None:
-        known = self._failures.get(kind, Failure(0, operator.name, said))
-        self._failures[kind] = Failure(known.count + 1, known.operator, known.said)
-
-    def _note_ended(self, state: State) -> None:
-        key = state.operator.key
-        if state.why is not None and self._told_ended.get(key) is not state.why:
-            self._told_ended[key] = state.why
-            self._tell(OperatorEnded(self._engine.now(), self._figures(state), str(state.why), state.said))
-
-    # Threads.
-
-    def _begin(self, call: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Runs a call of the engine's in a thread that ends with the process, whatever it does."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(call(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
-
-        if self._engine.workers:
-            threading.Thread(target=run, daemon=True, name="tuning").start()
-        else:
-            run()
-        return future
-
-    def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
-        """What a call of the engine's returns. Raises _GivenUpError where the night is stopped twice before."""
-        future = self._begin(call, *arguments)
-        while not future.done():
-            if self._stops > 1:
-                raise _GivenUpError
-            wait([future], _POLL)
-        return future.result()
-
-    # What is told.
-
-    def _tell(self, event: Event) -> None:
-        self._watcher.told(event)
-
-    def _tell_phase(self, operator: Operator, phase: str) -> None:
-        self._tell(Phase(self._engine.now(), operator.name, phase))
-
-    @property
-    def _elapsed_when_counted(self) -> float:
-        """Seconds into the run when records were last written: what lies between belongs to the batch to come."""
-        return self._counted - self._begun
-
-    def _figures(self, state: State) -> Figures:
-        return Figures(
-            operator=state.operator.name,
-            calls=dict(state.operator.calls),
-            share=self.scheduler.share(state),
-            baseline=state.baseline,
-            best=state.baseline / state.gain,
-            gain=state.gain,
-            trials=state.trials,
-            timed=state.timed,
-            failed={str(outcome): count for outcome, count in state.failures.items()},
-            winners=state.winners,
-            spent=state.spent,
-            why=str(state.why or ""),
-        )
-
-    def _batch_event(self, state: State, timed: int, failed: dict[str, int], took: float) -> Measured:
-        elapsed = self._elapsed_when_counted
-        return Measured(
-            at=self._counted,
-            elapsed=elapsed,
-            left=self.scheduler.left(elapsed),
-            operator=self._figures(state),
-            timed=timed,
-            failed=failed,
-            seconds=took,
-            models=self._times(),
-        )
-
-    def _times(self) -> Times:
-        expected = self.scheduler.expected(self._elapsed_when_counted)
-        return Times(self.scheduler.before.total(), self.scheduler.now.total(), expected)
-
-    def _ended(self) -> Ended:
-        states = self.scheduler.states
-        forecasts = [each for each in self.scheduler.plan().forecasts if states[each.operator.key].why is None]
-        now = self._engine.now()
-        # What a profile told and what was measured may differ: the gains alone are compared, of the same baseline.
-        was = {key: state.baseline / self._gains[key] for key, state in states.items()}
-        gained = {
-            state.operator.name: was[key] * state.calls - state.now
-            for key, state in states.items()
-            if state.gain > self._gains[key]
-        }
-        return Ended(
-            at=now,
-            end=self._end(),
-            said=self._broken,
-            budget=self._terms.budget,
-            elapsed=now - self._begun,
-            spent=self.scheduler.spent,
-            trials=self._trials,
-            timed=self._timed,
-            operators=tuple(self._figures(state) for state in states.values()),
-            gained=gained,
-            models={
-                model: (
-                    self.scheduler.before[model],
-                    sum(was[key] * state.operator.calls.get(model, 0) for key, state in states.items()),
-                    self.scheduler.now[model],
-                )
-                for model in self.scheduler.before
-            },
-            failures=self._failures,
-            more=sum(each.seconds for each in forecasts),
-            next=forecasts[0].operator.name if forecasts else "",
-        )
+    def _muster(self) -> None:
+        """Asks the engine for its posts, and ends the night where there is none."""
+        for post in self._posts.muster(self._engine.now()):
+            self._account.tell_post(post, self._posts.count)
+        count = self._posts.count
+        if not count:
+            last = f"; the last one: {self._last_lost}" if self._last_lost else ""
+            self._broken = f"there is no post to measure at{last}"
+            self._is_deserted = True
+        elif count > self.scheduler.terms.posts:
+            self.scheduler.terms = replace(self.scheduler.terms, posts=count)
 
     def _end(self) -> End:
-        states = self.scheduler.states.values()
+        states, account = self.scheduler.states.values(), self._account
         if self._stops:
             return End.STOPPED
+        if self._is_deserted:
+            return End.DESERTED
         if any(_is_all_wrong(state) for state in states):
             return End.VALIDATION_FAILED
-        if not self._timed and (self._fresh or any(state.why is Why.PUT_ASIDE for state in states)):
+        if not account.timed and (account.fresh or any(state.why is Why.PUT_ASIDE for state in states)):
             return End.NOTHING_MEASURED
         return End.BROKEN if self._broken else End.DONE
 
@@ -561,29 +404,6 @@ class _Claims:
     def release_all(self) -> None:
         for key in list(self._held):
             self._held.pop(key)[0].close()
-
-
-def _about(operator: Operator) -> dict[str, Any]:
-    """What a set of records is of, for people."""
-    return {
-        "operator": operator.workload.name,
-        "workload": operator.workload.digest,
-        "shapes": list(operator.workload.shapes),
-        "target": operator.target,
-    }
-
-
-def _sure_ratio(trial: TrialRecord) -> float:
-    """The ratio of a trial less what may be noise in it: what a retest is worth for."""
-    return ratio(trial) * (1 - min(trial.noise, 0.5))
-
-
-def _is_retest_of(record: Record, leader: TrialRecord) -> bool:
-    return isinstance(record, RetestRecord) and record.candidate == leader.candidate
-
-
-def _gain(record: Record) -> float:
-    return record.baseline / record.seconds if isinstance(record, RetestRecord) else 0.0
 
 
 def _is_all_wrong(state: State) -> bool:

@@ -50,6 +50,8 @@ class Operator:
     seconds  of one call before tuning, as far as a profile told; 0: unknown
     key      of its set of records
     spaces   name and version of every search space that there is for it
+    is_stale whether it has to be looked at again, also where it has ended: see pipeline.tuning.staleness
+    about    what its set says of itself
     """
 
     target: str
@@ -58,6 +60,8 @@ class Operator:
     seconds: float
     key: str
     spaces: frozenset[tuple[str, int]] = frozenset()
+    is_stale: bool = False
+    about: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -70,6 +74,10 @@ class Terms:
 
     budget    seconds for the chosen operators together, what earlier runs gave them included; None: until all have
               ended
+    posts     places that measure at once. A budget of 8 hours is a night of 8 hours, however many they are: it ends
+              after as many seconds by the clock, or once `posts` times as many were spent at all posts and in all runs
+              together. So 3 hours that one post worked before are 45 minutes of a night with four. A budget that was
+              used to its end is so for any number of posts
     trials    of one operator at most
     batch     candidates of a batch
     first     candidates of an operator's first batch
@@ -83,6 +91,12 @@ class Terms:
     first: int = 8
     noise: float = 0.02
     patience: int = 64
+    posts: int = 1
+
+    @property
+    def at_posts(self) -> float | None:
+        """The budget in seconds of posts' time."""
+        return None if self.budget is None else self.budget * self.posts
 
 
 class Why(enum.StrEnum):
@@ -101,6 +115,9 @@ class Why(enum.StrEnum):
 # that others claim to be fast.
 _UNLESS_AGAIN = frozenset({Why.EXHAUSTED, Why.UNMEASURABLE})
 _UNLESS_CLAIMED = _UNLESS_AGAIN | {Why.TRIALS, Why.FLAT}
+_UNLESS_UNPROVEN = _UNLESS_CLAIMED | {Why.BUDGET}
+# What is no end for a stale operator until it has had as many more trials as it takes to call a curve flat.
+_UNLESS_STALE = _UNLESS_UNPROVEN
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,8 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do: a forecast for each operator, and the seconds of the run, its budget considered."""
+    """What a run would do: a forecast for each operator, and the seconds of the run by the clock, its budget
+    considered."""
 
     forecasts: tuple[Forecast, ...]
     seconds: float
@@ -209,6 +227,9 @@ class State:
     owed: bool = False  # has a right to its share, also where the budget is spent
     again: frozenset[str] = frozenset()  # candidates of earlier runs, or of others, that this run may try
     is_over: bool = False  # but for those, it has ended
+    is_unproven: bool = False  # whether winners of another compiler are among those
+    grace: int = 0  # being stale, it goes on until it has so many trials in all, although it has ended
+    is_in_grace: bool = False
     hoped: float = 0.0  # seconds of all its calls that its trials to come may save
     needed: float = 0.0  # seconds that they take
     version: int = 0  # entries of heaps that name another are void
@@ -257,6 +278,7 @@ class Scheduler:
         for state in self._order:
             known = standing(state.operator.key)
             state.again = _untried(state.operator, known)
+            state.grace = len(known.trials) + terms.patience if state.operator.is_stale else 0
             self._read(state, known)
         self._guess = statistics.median([state.before for state in self._order if state.before] or [1.0])
         self._note_what_is_owed()
@@ -293,6 +315,13 @@ class Scheduler:
         """A batch that was `prepared` is over, and this is where its operator stands now."""
         state = self.states[turn.operator.key]
         state.flying -= turn.count
+        if standing.spent == state.spent:
+            state.grace = 0  # nothing is proposed, and nothing was tried again
+        return self.update(turn.operator, standing)
+
+    def lose(self, turn: Turn, standing: Standing) -> State:
+        """A batch that was `prepared` is over without having been measured, as its post was lost."""
+        self.states[turn.operator.key].flying -= turn.count
         return self.update(turn.operator, standing)
 
     def update(self, operator: Operator, standing: Standing) -> State:
@@ -330,21 +359,21 @@ class Scheduler:
         """Seconds left of the budget, None where there is none."""
         if self.terms.budget is None:
             return None
-        return max(0.0, self.terms.budget - max(elapsed, self.spent))
+        return max(0.0, self.terms.budget - self._used(elapsed))
 
     def expected(self, elapsed: float) -> float:
         """Seconds of all models at the end of the run, as far as the curves tell."""
         left = self.left(elapsed)
-        reached = 1.0 if left is None or not self._needed else min(1.0, left / self._needed)
+        reached = 1.0 if left is None or not self._needed else min(1.0, left * self.terms.posts / self._needed)
         return self.now.total() - self._hoped * reached
 
     def plan(self) -> Plan:
         """What a run of these terms would do, begun now."""
         forecasts = tuple(map(self._forecast, sorted(self._order, key=lambda state: (-state.now, state.index))))
-        needed = sum(each.seconds for each in forecasts)
+        needed = sum(each.seconds for each in forecasts) / self.terms.posts
         left = self.left(0.0)
         owed = sum(
-            max(self._fair_share() - state.spent, 0.0 if state.looked else self._first_batch(state))
+            max(self._fair_share() - state.spent, self._due(state)) / self.terms.posts
             for state in self._order
             if self._is_owed(state) and state.why is None
         )
@@ -366,22 +395,33 @@ class Scheduler:
 
     def _is_first_pass_due(self, elapsed: float) -> bool:
         budget = self.terms.budget
-        if budget is None or max(elapsed, self.spent) < _FIRST_PASS_FROM * budget:
+        if budget is None or self._used(elapsed) < _FIRST_PASS_FROM * budget:
             return False
-        return self._looking < _FIRST_PASS * budget
+        return self._looking < _FIRST_PASS * budget * self.terms.posts
+
+    def _used(self, elapsed: float) -> float:
+        """Seconds of the budget that are gone: by the clock, or as all posts spent them, in all runs together."""
+        return max(elapsed, self.spent / self.terms.posts)
 
     def _is_over(self, elapsed: float) -> bool:
         return self.terms.budget is not None and self.terms.budget - elapsed < self._trial_seconds()
 
     def _is_spent(self) -> bool:
         """Whether what is left of the budget, all runs together, is less than a trial takes."""
-        return self.terms.budget is not None and self.terms.budget - self.spent < self._trial_seconds()
+        return self.terms.at_posts is not None and self.terms.at_posts - self.spent < self._trial_seconds()
 
     def _is_owed(self, state: State) -> bool:
-        return state.owed and (not state.looked or state.spent < self._fair_share())
+        is_due = not state.looked or state.is_unproven or state.is_in_grace or state.spent < self._fair_share()
+        return state.owed and is_due
 
     def _fair_share(self) -> float:
-        return (self.terms.budget or 0.0) / max(1, len(self._order))
+        return (self.terms.at_posts or 0.0) / max(1, len(self._order))
+
+    def _due(self, state: State) -> float:
+        """Seconds that it gets whatever was spent on it before."""
+        if not state.looked:
+            return self._first_batch(state)
+        return self._seconds(state, self._to_come(state)) if state.is_unproven or state.is_in_grace else 0.0
 
     def _first_batch(self, state: State) -> float:
         """Seconds that its first batch took, or will."""
@@ -401,7 +441,10 @@ class Scheduler:
         return min(size, self._to_come(state))
 
     def _to_come(self, state: State) -> int:
-        most = len(state.again) if state.is_over else self.terms.trials - state.trials
+        if state.is_over:
+            most = len(state.again)
+        else:
+            most = (state.grace if state.is_in_grace else self.terms.trials) - state.trials
         return max(0, most - state.flying)
 
     def _seconds(self, state: State, count: int) -> float:
@@ -428,7 +471,12 @@ class Scheduler:
         state.again &= _untried(state.operator, standing)
         if state.why is not Why.PUT_ASIDE:
             why = self._ended(state, standing)
-            state.is_over = bool(state.again) and why in (_UNLESS_CLAIMED if standing.claims else _UNLESS_AGAIN)
+            state.is_in_grace = why in _UNLESS_STALE and state.trials < state.grace
+            why = None if state.is_in_grace else why
+            is_unproven = bool(standing.unproven) and not standing.winners
+            claimed = _UNLESS_CLAIMED if standing.claims else _UNLESS_AGAIN
+            state.is_over = bool(state.again) and why in (_UNLESS_UNPROVEN if is_unproven else claimed)
+            state.is_unproven = is_unproven
             state.why, state.said = None if state.is_over else why, ""
         self._add_up(state, 1)
 
@@ -469,18 +517,21 @@ class Scheduler:
     def _is_small(self, state: State) -> bool:
         """Whether in none of its models it is expected to save a share that matters.
 
-        Of the models' time as it was untuned: what is too small once stays so, as the models get faster.
+        Of the models' time as it was untuned: what is too small once stays so, as the models get faster. What is stale
+        is not judged by its old curve.
         """
         if not state.baseline:
             return False
-        call = state.baseline / state.gain * -math.expm1(-state.hope(self.terms.patience))
+        hope = _HOPE if state.is_in_grace else state.hope(self.terms.patience)
+        call = state.baseline / state.gain * -math.expm1(-hope)
         return all(calls * call < MATTERS * self._untuned[model] for model, calls in state.operator.calls.items())
 
     def _note_what_is_owed(self) -> None:
         """Whatever was spent, an operator at which nobody has looked, and that no finished run of this budget passed
         over, has a right to its share of it: it is new, as a changed layer is."""
         for state in self._order:
-            state.owed = self.terms.budget is not None and not state.looked and state.why is None
+            is_new = not state.looked or state.is_unproven or state.is_in_grace
+            state.owed = self.terms.budget is not None and is_new and state.why is None
 
     def _forecast(self, state: State) -> Forecast:
         out_of_reach = self._is_spent() and not self._is_owed(state)
@@ -533,15 +584,17 @@ class Scheduler:
 
 
 def _untried(operator: Operator, standing: Standing) -> frozenset[str]:
-    """Candidates that somebody claims to be fast, and those whose failure may have been the machine's."""
+    """Candidates that somebody claims to be fast, those whose failure may have been the machine's, and winners that
+    another compiler made."""
+    proven_elsewhere = frozenset(winner.trial.candidate for winner in standing.unproven if not standing.winners)
     if not standing.claims and not any(standing.failures.get(outcome) for outcome in TRANSIENT):
-        return frozenset()
+        return proven_elsewhere
     failed = (
         trial
         for trial in standing.trials
         if trial.outcome in TRANSIENT and (trial.space, trial.space_version) in operator.spaces
     )
-    return frozenset(trial.candidate for trial in (*standing.claims, *failed)) - standing.tried
+    return proven_elsewhere | frozenset(trial.candidate for trial in (*standing.claims, *failed)) - standing.tried
 
 
 def _once(operators: Iterable[Operator]) -> Iterable[Operator]:

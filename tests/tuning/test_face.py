@@ -22,10 +22,11 @@ from pipeline.tuning.events import (
     OperatorEnded,
     Paused,
     Phase,
+    PostChanged,
     Retested,
     Times,
 )
-from pipeline.tuning.fakes import Curve, FakeEngine, Faults, MemoryLedger, Told, operator
+from pipeline.tuning.fakes import Curve, FakeEngine, Faults, MemoryLedger, Simulated, Told, operator
 from pipeline.tuning.night import Night
 from pipeline.tuning.scheduler import Scheduler, Terms
 
@@ -99,6 +100,25 @@ def test_other_lines() -> None:
     assert face.said(no_budget).startswith("[1:15] ")
 
 
+AT_EAST = msgspec.structs.replace(BATCH, post="east")
+LOST = PostChanged(1080.0, "east", "lost", 2, "native:conv-1", "it does not answer")
+
+
+def test_lines_name_the_post_where_there_are_several() -> None:
+    begun = msgspec.structs.replace(BEGUN, posts=("east", "west", "north"))
+    free = PostChanged(1090.0, "west", "lost", 1)
+    lines = told(face.Lines, begun, AT_EAST, LOST, free, PostChanged(1100.0, "east", "back", 2))
+    assert lines[0].startswith("tuning 2 operators at 3 posts, 10:00 for all")
+    assert lines[1].endswith("models 7 ms → 4 ms; post east")
+    assert lines[2:] == [
+        "post east is lost: it does not answer; what it had of native:conv-1 is taken up again; 2 posts left",
+        "post west is lost; 1 post left",
+        "post east is back: 2 posts",
+    ]
+    assert face.said(PostChanged(1.0, "south", "new", 4)) == "post south is there: 4 posts"
+    assert face.said(PostChanged(1.0, "", "lost", 0)) == "the post is lost; 0 posts left"
+
+
 # The summary.
 
 
@@ -125,6 +145,7 @@ def test_the_summary_says_what_was_gained_what_failed_and_what_is_next() -> None
         (End.STOPPED, "stopped", "goes on from here"),
         (End.NOTHING_MEASURED, "nothing could be measured", "doit doctor"),
         (End.VALIDATION_FAILED, "done, but every candidate of some operator was wrong", "--budget"),
+        (End.DESERTED, "no post is left", "once there is a post to measure at"),
         (End.BROKEN, "given up: the disk is full", "doit doctor"),
     ],
 )
@@ -206,6 +227,51 @@ def test_the_largest_are_shown_and_the_rest_is_summed_up() -> None:
         assert cell in rest, cell
 
 
+def posts_shown(*events: Event) -> dict[str, list[str]]:
+    """Rows of the table of posts, by name: the cells."""
+    lines = [line for line in shown(live_with(*events)).splitlines() if line.strip("─━ ")]
+    rows: dict[str, list[str]] = {}
+    for line in lines[1:]:
+        if line.strip().startswith("operator"):
+            break
+        name, *cells = (cell.strip() for cell in line.split("  ") if cell.strip())
+        rows[name] = cells
+    return rows
+
+
+def test_one_post_without_a_name_is_not_shown() -> None:
+    assert posts_shown(BEGUN, Phase(1001.0, "native:conv-1", "measuring"), BATCH) == {}
+
+
+def test_the_table_of_posts_shows_what_each_does_and_what_was_lost() -> None:
+    begun = msgspec.structs.replace(BEGUN, posts=("east", "west", "north"))
+    events: list[Event] = [begun, AT_EAST, Phase(1060.0, "native:relu-2", "measuring", "west")]
+    assert posts_shown(*events) == {
+        "3 of 3 posts": ["state", "trials", "trials/min", "lost"],
+        "east": ["waits", "16", "13"],
+        "west": ["measuring native:relu-2", "0", "0"],
+        "north": ["waits", "0", "0"],
+    }
+    gone = [*events, msgspec.structs.replace(LOST, post="west"), Phase(1080.0, "native:relu-2", "", "west")]
+    rows = posts_shown(*gone)
+    assert "2 of 3 posts" in rows
+    assert rows["west"] == ["lost", "0", "0", "1"]
+    back = posts_shown(*gone, PostChanged(1090.0, "west", "back", 3), PostChanged(1091.0, "new", "new", 4))
+    assert back["west"] == ["waits", "0", "0", "1"]
+    assert back["new"] == ["waits", "0", "0"]
+    assert "4 of 4 posts" in back
+
+
+def test_many_posts_are_summed_up_and_those_that_are_lost_are_shown() -> None:
+    names = tuple(f"node-{i:02}" for i in range(20))
+    begun = msgspec.structs.replace(BEGUN, posts=names)
+    busy = [Phase(1001.0, "native:conv-1", "measuring", name) for name in names[5:]]
+    rows = posts_shown(begun, *busy, PostChanged(1002.0, "node-19", "lost", 19))
+    assert rows["node-19"] == ["lost", "0", "0", "1"]
+    assert rows["12 more"][0] == "12 measuring"
+    assert len(rows) == 1 + 8 + 1
+
+
 def test_a_live_table_gives_way_to_the_summary() -> None:
     stream = io.StringIO()
     live = face.Live(stream, Console(file=stream, force_terminal=True, width=120))
@@ -265,9 +331,29 @@ def test_every_event_is_a_line_of_json_with_the_fields_that_are_documented() -> 
     assert set(batch["models"]) == {"before", "now", "expected"}  # type: ignore[call-overload]
 
 
+def test_posts_are_in_the_events_where_they_have_names() -> None:
+    stream = io.StringIO()
+    calls = Simulated((engine := FakeEngine(posts=2, workers=4)).clock)
+    operators = [operator(f"op{i}", 1e-3) for i in range(4)]
+    Night(operators, engine, MemoryLedger(), Terms(trials=32), face.Events(stream), "r", calls=calls).run()
+    face.Events(stream).told(LOST)
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    found: dict[str, set[str]] = {}
+    for event in events:
+        found.setdefault(event["event"], set()).update(set(event) - {"event", "at"})
+    more = {"begun": {"posts"}, "phase": {"post"}, "batch": {"post"}, "retest": {"post"}}
+    posts = {"post": {"post", "change", "posts", "operator", "said"}}
+    assert (
+        found == {kind: fields | more.get(kind, set()) for kind, fields in FIELDS.items() if kind != "paused"} | posts
+    )
+    assert all(name in (face.Events.__doc__ or "") for name in posts["post"])
+    assert events[0]["posts"] == ["1", "2"]
+    assert {event["post"] for event in events if event["event"] == "batch"} == {"1", "2"}
+
+
 def test_events_can_be_read_back() -> None:
     stream = io.StringIO()
-    events: list[Event] = [BEGUN, BATCH, WON, ENDED]
+    events: list[Event] = [BEGUN, BATCH, AT_EAST, LOST, WON, ENDED]
     for event in events:
         face.Events(stream).told(event)
     read = [msgspec.json.decode(line, type=Event) for line in stream.getvalue().splitlines()]

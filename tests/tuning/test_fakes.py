@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import pytest
 
+from pipeline.tuning.events import Ended
 from pipeline.tuning.fakes import (
     NO_FAULTS,
     Costs,
@@ -14,11 +16,15 @@ from pipeline.tuning.fakes import (
     FakeEngine,
     Faults,
     MemoryLedger,
+    Simulated,
+    Told,
+    WaitingEngine,
     candidate,
     operator,
 )
-from pipeline.tuning.night import Batch
+from pipeline.tuning.night import Batch, Night
 from pipeline.tuning.records import ExhaustedRecord, Outcome, Standing, TrialRecord, encoded, ratio
+from pipeline.tuning.scheduler import Terms
 
 ONE = operator("one", 2e-3)
 
@@ -46,6 +52,37 @@ def test_measuring_takes_fake_time_after_the_preparation() -> None:
     assert clock.now() == 0.0, "it may go on while another batch is measured"
     engine.measure(ONE, batch)
     assert clock.now() == pytest.approx(4 * 3.0 + 4 * 0.5)
+
+
+def test_what_passes_aside_leaves_the_clock_as_it_was() -> None:
+    clock = FakeClock(100.0)
+    with clock.aside():
+        clock.advance(30.0)
+        assert clock.now() == 130.0
+    assert clock.now() == 100.0
+
+
+def test_a_waiting_engine_takes_real_time_in_its_pace() -> None:
+    engine = WaitingEngine(faults=NO_FAULTS, pace=0.01)
+    begun, fake = time.monotonic(), engine.now()
+    batch = engine.prepare(ONE, Standing(), 10)
+    engine.measure(ONE, batch)
+    took = time.monotonic() - begun
+    assert took >= 0.01 * (10 * 0.12 + 0.5 + 10 * 0.2)
+    assert engine.now() - fake == pytest.approx(took / 0.01, rel=0.2)
+
+
+def test_a_simulated_night_is_the_same_twice_and_for_one_post_as_good_as_in_turn() -> None:
+    operators = [operator(f"op{i}", 1e-3 * 0.8**i) for i in range(8)]
+
+    def night(posts: int, workers: int) -> tuple[MemoryLedger, Ended]:
+        engine, ledger = FakeEngine(posts=posts, workers=workers), MemoryLedger()
+        calls = Simulated(engine.clock) if workers else None
+        return ledger, Night(operators, engine, ledger, Terms(budget=120.0), Told(), "r", calls=calls).run()
+
+    assert night(3, 6)[0].records == night(3, 6)[0].records
+    simulated, in_turn = night(1, 2)[1], night(1, 0)[1]
+    assert simulated.trials == pytest.approx(in_turn.trials * 1.2, rel=0.3), "others are prepared meanwhile"
 
 
 def test_candidates_follow_from_the_seed_alone() -> None:

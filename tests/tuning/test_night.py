@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline.errors import StageError, StoreError
 from pipeline.store import Store
-from pipeline.tuning.events import Begun, End, Ended, Measured, OperatorEnded, Phase, Retested
+from pipeline.tuning.calls import post
+from pipeline.tuning.events import Begun, End, Ended, Measured, OperatorEnded, Phase, PostChanged, Retested
 from pipeline.tuning.fakes import (
     NO_FAULTS,
     Curve,
@@ -21,14 +25,16 @@ from pipeline.tuning.fakes import (
     FakeEngine,
     Faults,
     MemoryLedger,
+    Simulated,
     Told,
+    WaitingEngine,
     candidate,
     operator,
 )
 from pipeline.tuning.ledger import Ledger
-from pipeline.tuning.night import Batch, Night
+from pipeline.tuning.night import Batch, Night, PostLostError
 from pipeline.tuning.records import ExhaustedRecord, Outcome, Record, RetestRecord, Standing, TrialRecord
-from pipeline.tuning.scheduler import Operator, Terms
+from pipeline.tuning.scheduler import Operator, Scheduler, Terms
 
 OPERATORS = tuple(operator(f"op{i}", 1e-3 * 0.7**i) for i in range(6))
 TERMS = Terms(budget=120.0, trials=64)
@@ -661,6 +667,428 @@ def test_records_in_a_store_serve_as_well_as_those_in_memory(tmp_path: Path) -> 
         for one in OPERATORS:
             assert len(stored.standing(one.key).trials) == len(memory.standing(one.key).trials)
             assert stored.standing(one.key).gain == pytest.approx(memory.standing(one.key).gain)
+
+
+# Several posts: their times pass side by side, on a fake clock but where real waiting is meant.
+
+
+def at_posts(
+    engine: FakeEngine,
+    operators: Sequence[Operator] = OPERATORS,
+    ledger: MemoryLedger | None = None,
+    terms: Terms = TERMS,
+    run: str = "r",
+) -> tuple[Night, Told]:
+    watcher = Told()
+    calls = Simulated(engine.clock)
+    return Night(operators, engine, ledger or MemoryLedger(), terms, watcher, run, calls=calls), watcher
+
+
+def many(count: int) -> list[Operator]:
+    return [operator(f"op{i}", 1e-3 * (1 + i % 17) ** -1.2, {f"m{i % 5}": 1 + i % 2}) for i in range(count)]
+
+
+def crew(posts: int, **given: Any) -> FakeEngine:
+    return FakeEngine(posts=posts, workers=2 * posts, **given)
+
+
+@pytest.mark.parametrize("posts", [2, 4, 16])
+def test_several_posts_make_as_many_times_the_trials_in_the_same_order_of_worth(posts: int) -> None:
+    operators, budget = many(60), 3200.0
+    one = at_posts(crew(1), operators, terms=Terms(budget=budget))[0].run()
+    all_ = at_posts(crew(posts), operators, terms=Terms(budget=budget / posts))[0].run()
+    assert all_.trials / all_.elapsed > 0.95 * posts * one.trials / one.elapsed
+    assert all_.elapsed == pytest.approx(budget / posts, abs=20)
+    assert all_.spent == pytest.approx(one.spent, rel=0.05)
+    reached = [sum(now for *_, now in each.models.values()) for each in (one, all_)]
+    untuned = sum(untuned for untuned, *_ in one.models.values())
+    assert reached[0] < 0.75 * untuned
+    assert reached[1] == pytest.approx(reached[0], rel=0.03)
+
+
+class Noting(FakeEngine):
+    """Notes which post was at which operator, and when."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.spans: list[tuple[str, str, float, float]] = []
+
+    def measure(self, operator: Operator, batch: Batch) -> list[Record]:
+        begun = self.now()
+        records = super().measure(operator, batch)
+        self.spans.append((post(), operator.key, begun, self.now()))
+        return records
+
+    def retest(self, operator: Operator, standing: Standing, leader: TrialRecord) -> list[Record]:
+        begun = self.now()
+        records = super().retest(operator, standing, leader)
+        self.spans.append((post(), operator.key, begun, self.now()))
+        return records
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_no_operator_is_at_two_posts_and_no_post_at_two_operators(count: int) -> None:
+    engine, ledger = Noting(posts=4, workers=8, post_names=("a", "b", "c", "d"), faults=NO_FAULTS), MemoryLedger()
+    at_posts(engine, many(count), ledger, Terms(trials=100))[0].run()
+    assert most_at_once(engine.spans) == min(4, count)
+    for which in (0, 1):
+        for name in {each[which] for each in engine.spans}:
+            assert most_at_once([each for each in engine.spans if each[which] == name]) == 1
+    assert {each[0] for each in engine.spans} == {"a", "b", "c", "d"} if count > 3 else {"a", "b", "c"}
+    assert max(engine.made.values()) == 1
+
+
+def test_each_batch_costs_what_its_post_took_and_idle_posts_cost_nothing() -> None:
+    ledger = MemoryLedger()
+    ended = at_posts(crew(4), many(12), ledger, Terms(budget=120.0))[0].run()
+    costs = sum(record.cost for records in ledger.records.values() for record in records)
+    assert ended.spent == pytest.approx(costs)
+    assert 4 * ended.elapsed - 40 < costs <= 4 * ended.elapsed
+    alone = [at_posts(crew(k), OPERATORS[:1], terms=Terms(trials=100))[0].run() for k in (1, 4)]
+    assert alone[1].spent == pytest.approx(alone[0].spent, rel=0.1)
+    assert alone[1].spent <= alone[1].elapsed
+    assert alone[1].trials == alone[0].trials
+
+
+def test_a_post_that_had_nothing_to_do_charges_its_next_batch_nothing_of_that() -> None:
+    ledger, taken = MemoryLedger(), contextlib.ExitStack()
+    taken.enter_context(ledger.claim(OPERATORS[1].key))  # another run is at the second of two operators
+    engine = crew(2, faults=NO_FAULTS)
+
+    def hook(phase: str, chosen: Operator) -> None:
+        if phase == "measure" and engine.clock.now() > FakeClock().now() + 30:
+            taken.close()
+
+    engine.hook = hook
+    made, told = at_posts(engine, OPERATORS[:2], ledger, Terms(trials=150, patience=300))
+    made.run()
+    assert {each.post for each in of(told, Measured)} == {"1", "2"}
+    assert of(told, Measured)[-1].operator.operator == OPERATORS[1].name
+    assert max(each.seconds for each in of(told, Measured)) < 7
+
+
+def test_a_budget_is_a_night_of_so_many_hours_however_many_posts_there_are() -> None:
+    ledger, operators = MemoryLedger(), many(40)
+    first = at_posts(crew(4), operators, ledger, Terms(budget=300.0))[0].run()
+    assert first.elapsed == pytest.approx(300.0, abs=15)
+    assert first.spent == pytest.approx(1200.0, rel=0.05)
+    for posts in (1, 4, 8):
+        assert at_posts(crew(posts), operators, ledger, Terms(budget=300.0))[0].run().trials == 0, "it is used"
+    larger = at_posts(crew(4), operators, ledger, Terms(budget=400.0))[0].run()
+    assert larger.elapsed == pytest.approx(100.0, abs=15)
+
+
+def test_what_one_post_spent_before_counts_as_its_part_of_a_night_with_four() -> None:
+    ledger, operators, terms = MemoryLedger(), many(16), Terms(budget=150.0)
+    engine = crew(1)
+    engine.hook = stopping = StoppingAt("measure", 30)
+    stopping.night, _ = at_posts(engine, operators, ledger, terms)
+    before = stopping.night.run()
+    assert 80 < before.elapsed < 140
+    after = at_posts(crew(4), operators, ledger, terms)[0].run()
+    assert after.elapsed == pytest.approx((4 * 150 - before.elapsed) / 4, abs=12)
+
+
+def test_a_plan_is_as_much_shorter_as_there_are_posts() -> None:
+    plans = [
+        Scheduler(many(10), lambda key: Standing(), Terms(budget=budget, trials=64, posts=posts)).plan()
+        for budget, posts in ((None, 1), (None, 4), (50.0, 4))
+    ]
+    assert plans[1].seconds == pytest.approx(plans[0].seconds / 4)
+    assert plans[2].seconds == pytest.approx(50.0)
+    assert len({sum(each.to_come for each in plan.forecasts) for plan in plans}) == 1
+
+
+def test_without_a_budget_all_operators_are_tuned_to_their_ends_with_several_posts() -> None:
+    made, told = at_posts(crew(4), many(10), terms=Terms(trials=64))
+    made.run()
+    assert {each.operator.operator for each in of(told, OperatorEnded)} == {one.name for one in many(10)}
+
+
+def test_stopped_once_the_batches_end_that_are_being_measured_with_one_retest_each() -> None:
+    class Fluke(FakeEngine):
+        def retest(self, operator: Operator, standing: Standing, leader: TrialRecord) -> list[Record]:
+            (record,) = super().retest(operator, standing, leader)
+            assert isinstance(record, RetestRecord)
+            return [msgspec.structs.replace(record, seconds=record.baseline)]  # so that the next one is looked at
+
+    hook = StoppingAt("measure", 11)
+    engine, ledger = Fluke(posts=4, workers=8, hook=hook), MemoryLedger()
+    made, _ = at_posts(engine, many(12), ledger)
+    hook.night = made
+    assert made.run().end is End.STOPPED
+    stopped = [i for i, (begun, _) in enumerate(hook.begun) if begun == "measure"][10]
+    after = Counter(name for begun, name in hook.begun[stopped + 1 :] if begun == "retest")
+    assert not [begun for begun, _ in hook.begun[stopped + 1 :] if begun in ("measure", "learn")]
+    assert after
+    assert max(after.values()) == 1
+    assert [begun for begun, _ in hook.begun].count("retest") > 2 * len(after), "two of a batch where it is not stopped"
+    measured = [each for each in trials(ledger) if each.outcome is not Outcome.NOT_BUILT]
+    assert len(measured) == sum(engine.made.values())
+
+
+def test_stopped_twice_several_batches_are_given_up_and_what_could_not_be_built_is_known() -> None:
+    held, began = threading.Event(), threading.Semaphore(0)
+    measured: list[str] = []
+
+    def hook(phase: str, chosen: Operator) -> None:
+        if phase == "measure":
+            measured.append(chosen.key)
+            began.release()
+            held.wait(20)
+
+    ledger = MemoryLedger()
+    engine = FakeEngine(posts=2, workers=4, hook=hook, faults=Faults(0, 0, 0, 0, not_built=0.5))
+    made, _ = night(engine=engine, ledger=ledger)
+    ended: list[Ended] = []
+    thread = threading.Thread(target=lambda: ended.append(made.run()))
+    thread.start()
+    assert all(began.acquire(timeout=10) for _ in range(2)), "both posts are at work"
+    made.stop()
+    thread.join(0.3)
+    assert thread.is_alive()
+    made.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert ended[0].end is End.STOPPED
+    assert {each.outcome for each in trials(ledger)} == {Outcome.NOT_BUILT}
+    assert set(measured) <= set(ledger.records)
+    assert not ledger._claimed
+    held.set()
+
+
+def test_the_stores_error_at_one_post_ends_the_others_too() -> None:
+    class Full(MemoryLedger):
+        def add(self, key: str, about: Mapping[str, Any], records: Sequence[Record]) -> None:
+            if key == OPERATORS[2].key:
+                raise StoreError("no space")
+            super().add(key, about, records)
+
+    ledger = Full()
+    made, told = at_posts(engine := crew(3, faults=NO_FAULTS), ledger=ledger)
+    with pytest.raises(StoreError, match="no space"):
+        made.run()
+    assert engine.closed
+    assert told.events[-1].said == "no space"  # type: ignore[union-attr]
+    assert not ledger._claimed
+
+
+def test_posts_that_really_wait_work_side_by_side() -> None:
+    operators, terms = many(40), Terms(budget=60.0, trials=1000)
+    rates: dict[int, float] = {}
+    for _ in range(3):  # other programs may keep the processors busy for a moment
+        for posts in (1, 2, 4):
+            engine = WaitingEngine(posts=posts, workers=2 * posts, pace=0.02, faults=NO_FAULTS)
+            ended = night(operators, engine, terms=terms)[0].run()
+            assert ended.end is End.DONE
+            rates[posts] = max(rates.get(posts, 0.0), ended.trials / ended.elapsed)
+        if all(rates[posts] >= 0.9 * posts * rates[1] for posts in (2, 4)):
+            break
+    assert rates[2] >= 0.9 * 2 * rates[1], rates
+    assert rates[4] >= 0.9 * 4 * rates[1], rates
+
+
+def test_two_nights_with_two_posts_each_share_the_work_and_repeat_nothing() -> None:
+    ledger, operators = MemoryLedger(), [operator(f"op{i}", 1e-3) for i in range(8)]
+    engines = [WaitingEngine(posts=2, workers=4, pace=0.001, faults=NO_FAULTS) for _ in range(2)]
+    ends: list[Ended] = []
+    threads = []
+    for i, engine in enumerate(engines):
+        made, _ = night(operators, engine, ledger, Terms(trials=40, patience=100), f"run{i}")
+        threads.append(threading.Thread(target=lambda made=made: ends.append(made.run())))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(60)
+    assert [each.end for each in ends] == [End.DONE, End.DONE]
+    assert not set(engines[0].made) & set(engines[1].made)
+    assert sum(len(each.made) for each in engines) == len(trials(ledger)) == 8 * 40
+
+
+# Posts that are lost.
+
+
+class Losing:
+    """A hook that loses a post at some of the times that a phase begins; `back` times later the engine has it again.
+
+    Of `names` alone, where there are any. With `stays` the engine has it all the time: it is restarted at once.
+    """
+
+    def __init__(self, phase: str, times: Sequence[int], back: int = 0, stays: bool = False, names: str = "") -> None:
+        self.phase, self.times, self.back, self.stays, self.names = phase, list(times), back, stays, names
+        self.engine = FakeEngine()
+        self.count = 0
+        self.gone: list[tuple[int, str]] = []
+        self.hit: list[str] = []
+
+    def of(self, engine: FakeEngine) -> FakeEngine:
+        self.engine, engine.hook = engine, self
+        return engine
+
+    def __call__(self, phase: str, chosen: Operator) -> None:
+        if phase != self.phase or (self.names and chosen.workload.name not in self.names):
+            return
+        self.count += 1
+        for due, name in [each for each in self.gone if self.back and each[0] <= self.count]:
+            self.gone.remove((due, name))
+            self._have(len(self.engine.post_names) + 1, (*self.engine.post_names, name))
+        if self.count in self.times:
+            self.hit.append(chosen.key)
+            if not self.stays:
+                self.gone.append((self.count + self.back, post()))
+                self._have(self.engine.posts - 1, [each for each in self.engine.post_names if each != post()])
+            raise PostLostError(f"post {post()} does not answer")
+
+    def _have(self, count: int, names: Sequence[str]) -> None:
+        self.engine.posts, self.engine.post_names = count, tuple(names)
+
+
+NAMES = ("east", "west", "north")
+
+
+def changes(told: Told) -> list[tuple[str, str, int]]:
+    return [(each.post, each.change, each.posts) for each in of(told, PostChanged)]
+
+
+@pytest.mark.parametrize("names", [(), NAMES])
+def test_a_lost_posts_batch_is_measured_elsewhere_and_the_others_go_on(names: tuple[str, ...]) -> None:
+    ledger, losing = MemoryLedger(), Losing("measure", [5])
+    engine = losing.of(crew(3, post_names=names, faults=NO_FAULTS))
+    made, told = at_posts(engine, many(12), ledger, Terms(trials=40))
+    ended = made.run()
+    assert ended.end is End.DONE
+    ((name, change, left),) = changes(told)
+    assert (change, left) == ("lost", 2)
+    assert name in (names or "123")
+    (event,) = of(told, PostChanged)
+    assert event.said == f"post {name} does not answer"
+    assert ended.failures["post lost"].count == 1
+    assert {each.outcome for each in trials(ledger)} == {Outcome.TIMED}, "nothing is known of what was lost"
+    assert not [each for each in ended.operators if each.why == "put aside"]
+    assert set(engine.made.values()) == {1}
+    (hit,) = losing.hit
+    assert len(ledger.standing(hit).trials) == 40
+    lost_at = told.events.index(event)
+    assert name not in {each.post for each in told.events[lost_at:] if isinstance(each, Measured)}
+    assert len({each.post for each in of(told, Measured)}) == 3
+
+
+def test_a_post_that_is_back_gets_batches_again() -> None:
+    losing = Losing("measure", [5], back=6)
+    made, told = at_posts(losing.of(crew(3, post_names=NAMES)), many(12), terms=Terms(trials=40))
+    made.run()
+    (lost, *_), (back, *_) = changes(told)
+    assert [each[1:] for each in changes(told)] == [("lost", 2), ("back", 3)]
+    assert lost == back
+    event = of(told, PostChanged)[1]
+    assert lost in {each.post for each in told.events[told.events.index(event) :] if isinstance(each, Measured)}
+
+
+@pytest.mark.parametrize("posts", [1, 3])
+def test_a_post_that_is_restarted_at_once_is_told_as_that(posts: int) -> None:
+    losing = Losing("measure", [2, 9], stays=True)
+    made, told = at_posts(losing.of(crew(posts)), many(12), terms=Terms(trials=40))
+    assert made.run().end is End.DONE
+    assert [each[1] for each in changes(told)] == ["lost", "back", "lost", "back"]
+
+
+def test_an_operator_that_loses_three_posts_in_a_row_is_put_aside_by_name() -> None:
+    ledger, losing = MemoryLedger(), Losing("measure", [1, 2, 3, 4, 5], stays=True, names="op0")
+    made, told = at_posts(losing.of(crew(3)), ledger=ledger)
+    ended = made.run()
+    assert ended.end is End.DONE
+    (aside,) = [each for each in of(told, OperatorEnded) if each.why == "put aside"]
+    assert aside.operator.operator == OPERATORS[0].name
+    assert "lost 3 times in a row" in aside.said
+    assert losing.count == 3
+    assert ended.failures["post lost"].count == 3
+    assert not [each for each in ledger.records.get(OPERATORS[0].key, ()) if isinstance(each, TrialRecord)] or {
+        each.outcome for each in ledger.records[OPERATORS[0].key] if isinstance(each, TrialRecord)
+    } == {Outcome.NOT_BUILT}
+    assert all(each.trials > 8 for each in ended.operators[1:])
+
+
+def test_losses_with_something_measured_between_them_are_no_row() -> None:
+    losing = Losing("measure", [1, 2, 4, 5, 7], stays=True, names="op0")
+    made, told = at_posts(losing.of(crew(2)), terms=Terms(trials=100))
+    made.run()
+    assert losing.count > 7
+    assert not [each for each in of(told, OperatorEnded) if each.why == "put aside"]
+
+
+@pytest.mark.parametrize("times", [[1], [1, 2]])
+@pytest.mark.parametrize("count", [8, 40])
+def test_a_retest_whose_post_is_lost_is_made_again_also_where_the_operator_has_ended(
+    count: int, times: list[int]
+) -> None:
+    ledger, losing = MemoryLedger(), Losing("retest", times, stays=True)
+    engine = losing.of(crew(2, faults=NO_FAULTS, curves={OPERATORS[0].key: Curve(3.0, 1.0)}))
+    made, told = at_posts(engine, OPERATORS[:1], ledger, Terms(trials=count))
+    ended = made.run()
+    assert [each[1] for each in changes(told)] == ["lost", "back"] * len(times)
+    first = max(trials(ledger)[:8], key=lambda each: (each.baseline or 0) / (each.seconds or 1))
+    assert of(told, Retested)[0].candidate == first.candidate
+    assert len(trials(ledger)) == count, "what had been measured stands"
+    assert ended.operators[0].winners
+    assert not ledger._claimed
+
+
+def test_an_operator_whose_retests_lose_three_posts_is_put_aside() -> None:
+    made, told = at_posts(Losing("retest", range(1, 9), stays=True, names="op0").of(crew(2)))
+    assert made.run().end is End.DONE
+    (aside,) = [each for each in of(told, OperatorEnded) if each.why == "put aside"]
+    assert aside.operator.operator == OPERATORS[0].name
+    assert len(changes(told)) == 6
+
+
+def test_a_stale_operator_whose_post_is_lost_is_still_looked_at_again() -> None:
+    ledger, terms = MemoryLedger(), Terms(trials=32)
+    at_posts(crew(1), OPERATORS[:1], ledger, terms)[0].run()
+    stale = [replace(OPERATORS[0], is_stale=True)]
+    assert at_posts(Losing("measure", [1], stays=True).of(crew(1)), stale, ledger, terms)[0].run().trials > 16
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_without_a_post_a_night_ends_and_the_next_one_goes_on(measured: bool) -> None:
+    ledger, losing = MemoryLedger(), Losing("measure", [9, 10, 11] if measured else [1, 2, 3])
+    made, told = at_posts(losing.of(crew(3, post_names=NAMES)), many(12), ledger)
+    ended = made.run()
+    assert ended.end is End.DESERTED
+    assert ended.end == "no post left"
+    assert "no post to measure at" in ended.said
+    assert "does not answer" in ended.said
+    assert bool(ended.timed) == measured
+    assert sorted(left for *_, left in changes(told)) == [0, 1, 2]
+    assert at_posts(crew(3), many(12), ledger)[0].run().trials > 50
+
+
+def test_an_engine_without_a_post_ends_its_night_at_once() -> None:
+    ended = night(engine=FakeEngine(posts=0))[0].run()
+    assert (ended.end, ended.trials, ended.said) == (End.DESERTED, 0, "there is no post to measure at")
+
+
+def test_posts_that_come_in_the_night_are_put_to_work_and_the_budget_stays_its_hours() -> None:
+    engine = crew(1, post_names=("a",))
+
+    def hook(phase: str, chosen: Operator) -> None:
+        if phase == "measure" and engine.clock.now() > FakeClock().now() + 100:
+            engine.posts, engine.post_names = 3, ("a", "b", "c")
+
+    engine.hook = hook
+    made, told = at_posts(engine, many(40), terms=Terms(budget=300.0))
+    ended = made.run()
+    assert [each[:2] for each in changes(told)] == [("b", "new"), ("c", "new")]
+    assert ended.elapsed == pytest.approx(300.0, abs=15)
+    assert ended.spent == pytest.approx(100 + 3 * 200, abs=40)
+
+
+def test_posts_are_named_in_what_is_told() -> None:
+    made, told = at_posts(crew(3, post_names=NAMES), many(12))
+    made.run()
+    assert of(told, Begun)[0].posts == NAMES
+    assert {each.post for each in of(told, Measured)} == set(NAMES)
+    assert {each.post for each in of(told, Retested)} == set(NAMES)
+    assert {each.post for each in of(told, Phase) if each.phase in ("measuring", "retesting")} == set(NAMES)
+    assert {each.post for each in of(told, Phase) if each.phase == "preparing"} == {""}
 
 
 # What is told.
