@@ -1,4 +1,4 @@
-"""Tries candidates of one operator on this machine: are they right, and how fast. What is tried may crash or hang.
+"""Tries candidates of one operator: are they right, and how fast. What is tried may crash or hang.
 
     child process        links and loads each candidate, lays out its weights, compares it with the reference on seeded
                          inputs, then times all that are right, in turn
@@ -11,6 +11,9 @@ says how far to trust it.
 
 What the reference gives is kept for as long as this process lives: hundreds of candidates of one operator are compared
 with it, and it is the slowest of all.
+
+Where the candidates run is a site's matter (see pipeline.devices.contract). `measure` has this machine for one; those
+of pipeline.devices.rpc are elsewhere, and the child then only speaks with them.
 """
 
 from __future__ import annotations
@@ -30,12 +33,14 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 
+from pipeline.devices.contract import At, Loaded, RefusedError, Site
 from pipeline.errors import last_line
 from pipeline.linker import link
 from pipeline.runtime import find_runtime, open_library
@@ -82,14 +87,14 @@ def measure(
 
     Raises RuntimeError where the reference itself cannot be run.
     """
-    expected = _expected(reference, [parameters[i] for i in written], terms.seeds)
+    expected = expected_of(reference, [parameters[i] for i in written], terms.seeds)
     refused: dict[str, Trial] = {}
     while True:
         left = [each for each in contenders if each.name not in refused]
         with tempfile.TemporaryDirectory(prefix="tvmake-") as folder:
-            trial = _Trial(parameters, written, reference, left, terms, expected, Path(folder))
-            names = list(dict.fromkeys([reference.name, *(each.name for each in left)]))
-            found, at, said = _watched(trial.run, names, terms.patience)
+            here = _Here(parameters, written, Path(folder))
+            comparison = Comparison(parameters, written, reference, left, terms, expected, here)
+            found, at, said = watched(comparison.run, comparison.names, lambda _: terms.patience)
         if found is not None:
             return {**found, **refused}
         if at == reference.name or at not in {each.name for each in left}:
@@ -97,7 +102,7 @@ def measure(
         refused[at] = Trial(at, refused=said, cause=Cause.CRASHED if said.startswith(_ENDED) else Cause.TIMED_OUT)
 
 
-class _Expected:
+class Expected:
     """What the reference gives for each seed, in memory that the child which runs it shares with this process."""
 
     def __init__(self, specs: Sequence[TensorSpec], seeds: Sequence[int]) -> None:
@@ -138,21 +143,21 @@ def _nbytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * dtype_of(spec.dtype).itemsize
 
 
-_known: OrderedDict[object, _Expected] = OrderedDict()
+_known: OrderedDict[object, Expected] = OrderedDict()
 
 
-def _expected(reference: Contender, specs: Sequence[TensorSpec], seeds: Sequence[int]) -> _Expected:
-    """What is known of a reference, whose objects are named by what is in them."""
-    question = (reference.symbol, tuple(sorted(reference.objects.items())), tuple(specs), tuple(seeds))
+def expected_of(reference: Contender, specs: Sequence[TensorSpec], seeds: Sequence[int], device: str = "") -> Expected:
+    """What is known of a reference, whose objects are named by what is in them, on a device: "" is this machine."""
+    question = (device, reference.symbol, tuple(sorted(reference.objects.items())), tuple(specs), tuple(seeds))
     if question not in _known:
-        _known[question] = _Expected(specs, seeds)
+        _known[question] = Expected(specs, seeds)
     _known.move_to_end(question)
     while len(_known) > 1 and sum(each.size for each in _known.values()) > _KEPT_BYTES:
         _known.popitem(last=False)
     return _known[question]
 
 
-At = Callable[[str], None]
+T = TypeVar("T")
 
 
 class _Whereabouts:
@@ -173,10 +178,13 @@ class _Whereabouts:
         return times, self._names[index]
 
 
-def _watched(
-    run: Callable[[At], dict[str, Trial]], names: Sequence[str], patience: float
-) -> tuple[dict[str, Trial] | None, str, str]:
-    """Runs in a child. Returns what it found; or None, what it was at when it ended, and how it ended."""
+def watched(
+    run: Callable[[At], T], names: Sequence[str], patience: Callable[[str], float]
+) -> tuple[T | None, str, str]:
+    """Runs in a child. Returns what it found; or None, what it was at when it ended, and how it ended.
+
+    `patience` says for how many seconds it may be at the same.
+    """
     whereabouts = _Whereabouts(names)
     reader, writer = os.pipe()
     child = os.fork()
@@ -185,22 +193,22 @@ def _watched(
     os.close(writer)
     with os.fdopen(reader, "rb") as stream:
         seen, since = whereabouts.seen(), time.monotonic()
-        while not select.select([stream], [], [], min(patience, 0.5))[0]:
+        while not select.select([stream], [], [], min(limit := patience(seen[1]), 0.5))[0]:
             if (now := whereabouts.seen()) != seen:
                 seen, since = now, time.monotonic()
-            elif time.monotonic() - since > patience:
+            elif time.monotonic() - since > limit:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return None, seen[1], f"had not ended after {patience:g} s"
+                return None, seen[1], f"had not ended after {limit:g} s"
         try:
-            found: dict[str, Trial] | None = pickle.load(stream)
+            found: T | None = pickle.load(stream)
         except (EOFError, pickle.UnpicklingError):
             found = None
     status = os.waitpid(child, 0)[1]
     return found, whereabouts.seen()[1], "" if found is not None else _ended(status)
 
 
-def _be_child(run: Callable[[At], dict[str, Trial]], whereabouts: _Whereabouts, reader: int, writer: int) -> None:
+def _be_child(run: Callable[[At], object], whereabouts: _Whereabouts, reader: int, writer: int) -> None:
     """Never returns."""
     code = 1
     try:
@@ -222,16 +230,8 @@ def _ended(status: int) -> str:
     return f"ended the process with exit code {os.waitstatus_to_exitcode(status)}"
 
 
-class _RefusedError(Exception):
-    """A candidate is put aside; the message says why."""
-
-    def __init__(self, message: str, cause: Cause) -> None:
-        super().__init__(message)
-        self.cause = cause
-
-
-class _Trial:
-    """What the child does."""
+class Comparison:
+    """What the child does: every contender is compared with the reference, and all that are right are timed."""
 
     def __init__(
         self,
@@ -240,8 +240,8 @@ class _Trial:
         reference: Contender,
         contenders: Sequence[Contender],
         terms: Terms,
-        expected: _Expected,
-        folder: Path,
+        expected: Expected,
+        site: Site,
     ) -> None:
         self._parameters = parameters
         self._written = written
@@ -249,33 +249,42 @@ class _Trial:
         self._contenders = contenders
         self._terms = terms
         self._expected = expected
-        self._folder = folder
-        self._linked: dict[object, Any] = {}
+        self._site = site
+
+    @property
+    def names(self) -> list[str]:
+        """All that the child may be at."""
+        return list(dict.fromkeys([self._reference.name, *(each.name for each in self._contenders)]))
 
     def run(self, at: At) -> dict[str, Trial]:
+        """What became of each contender, by name. Raises RefusedError where the reference itself cannot be run."""
         trials: dict[str, Trial] = {}
         at(self._reference.name)
         given = [self._inputs(seed) for seed in self._terms.seeds]
+        harmful = self._harmful(given[0], at)
+        at(self._reference.name)
         is_timed = any(each.name == self._reference.name for each in self._contenders)
         if is_timed or not self._expected.is_known:
-            reference = self._loaded(self._reference)
+            reference = self._site.load(self._reference)
         if not self._expected.is_known:
             self._expected.keep([reference(each) for each in given])
         expected = list(zip(given, self._expected.results(), strict=True))
-        ready: dict[str, Callable[[], None]] = {}
+        ready: dict[str, Callable[[int], float]] = {}
         for contender in self._contenders:
             at(contender.name)
             try:
+                if contender.name in harmful:
+                    raise harmful[contender.name]
                 is_reference = contender.name == self._reference.name
-                call = reference if is_reference else self._loaded(contender)
+                call = reference if is_reference else self._site.load(contender)
                 error = 0.0 if is_reference else self._compared(call, expected)
                 trials[contender.name] = Trial(contender.name, error=error)
-                ready[contender.name] = call.prepared(given[0])
-            except _RefusedError as refusal:
+                ready[contender.name] = call.timer(given[0])
+            except RefusedError as refusal:
                 trials[contender.name] = Trial(contender.name, refused=str(refusal), cause=refusal.cause)
         if self._terms.seconds:
             # What disturbs for a moment is waited for, what goes on is met with more rounds.
-            quiet = wait_for_quiet(min(_WAIT, self._terms.patience / 3))
+            quiet = self._site.is_quiet(min(_WAIT, self._terms.patience / 3))
             budget = self._terms.seconds * (1 if quiet else 2)
             for name, (seconds, noise) in _timed(ready, budget, at).items():
                 trials[name] = Trial(name, seconds, "", trials[name].error, noise)
@@ -284,11 +293,48 @@ class _Trial:
     def _inputs(self, seed: int) -> list[Array]:
         return [aligned_copy(array) for array in seeded_inputs(self._parameters, seed).values()]
 
-    def _loaded(self, contender: Contender) -> _Call:
+    def _harmful(self, given: Sequence[Array], at: At) -> Mapping[str, RefusedError]:
+        named = {each.name: each for each in (self._reference, *self._contenders)}
+        harmful = self._site.probe(list(named.values()), given, at)
+        if self._reference.name in harmful:
+            raise harmful[self._reference.name]
+        return harmful
+
+    def _compared(self, call: Loaded, expected: Sequence[tuple[list[Array], list[Array]]]) -> float:
+        worst = 0.0
+        for seed, (given, results) in zip(self._terms.seeds, expected, strict=True):
+            for index, ours, theirs in zip(self._written, call(given), results, strict=True):
+                allowed = TOLERANCE.get(self._parameters[index].dtype, 0.0)
+                error = _error(ours, theirs)
+                if not error <= allowed:
+                    raise RefusedError(
+                        f"gives another result than the default: {_difference(error, ours)}, seed {seed}", Cause.WRONG
+                    )
+                worst = max(worst, error)
+        return worst
+
+
+class _Here:
+    """This machine, as a site."""
+
+    def __init__(self, parameters: Sequence[TensorSpec], written: Sequence[int], folder: Path) -> None:
+        self._parameters = parameters
+        self._written = written
+        self._folder = folder
+        self._linked: dict[object, Any] = {}
+
+    def probe(self, contenders: Sequence[Contender], given: Sequence[Array], at: At) -> Mapping[str, RefusedError]:
+        """Nothing is known before: what dies takes the child with it, and another goes on without it."""
+        return {}
+
+    def load(self, contender: Contender) -> _Call:
         try:
             return _Call(self._library(contender), contender, self._parameters, self._written)
         except (OSError, RuntimeError, AttributeError) as error:
-            raise _RefusedError(f"cannot be loaded: {last_line(error)}", Cause.FAILED) from error
+            raise RefusedError(f"cannot be loaded: {last_line(error)}", Cause.FAILED) from error
+
+    def is_quiet(self, limit: float) -> bool:
+        return wait_for_quiet(limit)
 
     def _library(self, contender: Contender) -> Any:
         parts = (tuple(contender.objects.items()), tuple(contender.libraries.items()))
@@ -300,22 +346,9 @@ class _Trial:
             self._linked[parts] = open_library(folder, (), find_runtime())[0]
         return self._linked[parts]
 
-    def _compared(self, call: _Call, expected: Sequence[tuple[list[Array], list[Array]]]) -> float:
-        worst = 0.0
-        for seed, (given, results) in zip(self._terms.seeds, expected, strict=True):
-            for index, ours, theirs in zip(self._written, call(given), results, strict=True):
-                allowed = TOLERANCE.get(self._parameters[index].dtype, 0.0)
-                error = _error(ours, theirs)
-                if not error <= allowed:
-                    raise _RefusedError(
-                        f"gives another result than the default: {_difference(error, ours)}, seed {seed}", Cause.WRONG
-                    )
-                worst = max(worst, error)
-        return worst
-
 
 class _Call:
-    """One loaded candidate: arrays of all parameters in, the arrays that it writes out."""
+    """One candidate that is loaded here."""
 
     def __init__(
         self, library: Any, contender: Contender, parameters: Sequence[TensorSpec], written: Sequence[int]
@@ -330,15 +363,15 @@ class _Call:
         self._run(self._function, tensors)
         return [array_over(tensors[index]).copy() for index in self._written]
 
-    def prepared(self, given: Sequence[Array]) -> Callable[[], None]:
-        """A call to time: nothing is laid out or allocated in it."""
+    def timer(self, given: Sequence[Array]) -> Callable[[int], float]:
+        """Nothing is laid out or allocated in what is timed."""
         tensors = self._tensors(given)
         function = self._function
-        return lambda: function(*tensors)
+        return partial(_took, lambda: function(*tensors))
 
     def _tensors(self, given: Sequence[Array]) -> list[Any]:
         # What is written begins as not-a-number, so that what was left unwritten is seen.
-        arrays = [_spoilt(array) if i in self._written else array for i, array in enumerate(given)]
+        arrays = [spoilt(array) if i in self._written else array for i, array in enumerate(given)]
         tensors = [tensor_over(array) for array in arrays]
         for index, function, spec in self._packed:
             room = tensor_over(_empty(spec))
@@ -350,17 +383,18 @@ class _Call:
         try:
             function(*tensors)
         except Exception as error:
-            raise _RefusedError(f"fails: {last_line(error)}", Cause.FAILED) from error
+            raise RefusedError(f"fails: {last_line(error)}", Cause.FAILED) from error
 
 
 def _empty(spec: TensorSpec) -> Array:
     return aligned_copy(np.zeros(spec.shape, dtype_of(spec.dtype)))
 
 
-def _spoilt(array: Array) -> Array:
-    spoilt = aligned_copy(array)
-    spoilt.reshape(-1).view(np.uint8)[...] = 0xFF
-    return spoilt
+def spoilt(array: Array) -> Array:
+    """As many bytes that make no sense."""
+    copy = aligned_copy(array)
+    copy.reshape(-1).view(np.uint8)[...] = 0xFF
+    return copy
 
 
 def wait_for_quiet(limit: float) -> bool:
@@ -380,7 +414,7 @@ def _busy() -> float:
     return sum(ours) / max(1, len(ours)) / 100
 
 
-def _timed(calls: Mapping[str, Callable[[], None]], budget: float, at: At) -> dict[str, tuple[float, float]]:
+def _timed(calls: Mapping[str, Callable[[int], float]], budget: float, at: At) -> dict[str, tuple[float, float]]:
     """Least seconds and noise of each call, in rounds."""
     counts = {}
     rounds: dict[str, list[float]] = {name: [] for name in calls}
@@ -414,7 +448,12 @@ def _goes_on(name: str, rounds: Mapping[str, list[float]], spent: Mapping[str, f
     return len(taken) < _ROUNDS or spent[name] < budget
 
 
-def _once(call: Callable[[], None], count: int) -> float:
+def _once(call: Callable[[int], float], count: int) -> float:
+    return call(count)
+
+
+def _took(call: Callable[[], object], count: int) -> float:
+    """Seconds of one call of so many."""
     begin = time.perf_counter()
     for _ in range(count):
         call()

@@ -6,6 +6,7 @@ from typing import cast
 
 import msgspec
 
+from pipeline.config import Device
 from pipeline.measuring import Contender, measure
 from pipeline.stages import Inputs, Options, Outputs
 from pipeline.types import TensorSpec, Terms
@@ -16,7 +17,9 @@ def run(inputs: Inputs, options: Options) -> Outputs:
 
     Options: contenders, each [name, symbol, {file: input}, {shared library: input}, [[parameter, symbol, shape,
     dtype]]], the first being what the others are compared with; parameters, [shape, dtype] each; written; seeds,
-    seconds and patience, as in pipeline.types.Terms. Outputs: trials, JSON by name.
+    seconds and patience, as in pipeline.types.Terms; device, what the times hold for. Where they are taken on a device
+    behind a tracker, also `rpc`, the target's [device], and `triple`, what the code is for: neither is in the key.
+    Outputs: trials, JSON by name; `lost`, what is to be said of a device that was away meanwhile.
     """
     named = cast(
         "list[tuple[str, str, dict[str, str], dict[str, str], list[tuple[int, str, list[int], str]]]]",
@@ -32,16 +35,26 @@ def run(inputs: Inputs, options: Options) -> Outputs:
         )
         for name, symbol, objects, shared, packed in named
     ]
-    parameters = cast("list[tuple[list[int], str]]", options["parameters"])
-    trials = measure(
-        [TensorSpec(f"p{i}", tuple(shape), dtype) for i, (shape, dtype) in enumerate(parameters)],
-        cast("list[int]", options["written"]),
-        contenders[0],
-        contenders[1:],
-        Terms(
-            tuple(cast("list[int]", options["seeds"])),
-            cast(float, options["seconds"]),
-            cast(float, options["patience"]),
-        ),
+    shapes = cast("list[tuple[list[int], str]]", options["parameters"])
+    parameters = [TensorSpec(f"p{i}", tuple(shape), dtype) for i, (shape, dtype) in enumerate(shapes)]
+    written = cast("list[int]", options["written"])
+    terms = Terms(
+        tuple(cast("list[int]", options["seeds"])),
+        cast(float, options["seconds"]),
+        cast(float, options["patience"]),
     )
+    if "rpc" in options:
+        return _elsewhere(options, parameters, written, contenders, terms)
+    trials = measure(parameters, written, contenders[0], contenders[1:], terms)
     return {"trials": msgspec.json.encode(trials)}
+
+
+def _elsewhere(
+    options: Options, parameters: list[TensorSpec], written: list[int], contenders: list[Contender], terms: Terms
+) -> Outputs:
+    from pipeline.devices import rpc
+
+    device = msgspec.convert(options["rpc"], Device)
+    known, triple = cast(str, options["device"]), cast(str, options["triple"])
+    trials, lost = rpc.measure(device, known, triple, parameters, written, contenders, terms)
+    return {"trials": msgspec.json.encode(trials), **({"lost": lost.encode()} if lost else {})}

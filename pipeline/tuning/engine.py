@@ -13,6 +13,7 @@ it is what a build has made.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -28,15 +29,16 @@ import msgspec
 
 from pipeline import stages
 from pipeline.compiler import search
+from pipeline.devices.contract import MeasuredOn
 from pipeline.dispatch import REFERENCE, Dispatcher, Linked, measuring
 from pipeline.errors import ConfigError, StageError, StoreError, WorkerDiedError, first_line
 from pipeline.hashing import Digest, key_of
 from pipeline.measuring import TOLERANCE
 from pipeline.memoizer import Action, Memoizer
-from pipeline.processor import device
 from pipeline.store import ActionEntry, Store
 from pipeline.tuning.night import Batch
 from pipeline.tuning.records import (
+    TOOLS,
     TRANSIENT,
     Certificate,
     ExhaustedRecord,
@@ -106,6 +108,7 @@ class LocalEngine:
     def __init__(self, build: Build, jobs: int) -> None:
         self._build = build
         self.workers = jobs
+        self.posts, self.post_names = 1, ()  # this machine is one, and has no name
         self._session = secrets.token_hex(8)  # other searches than any other run's
         self._clock = time.time() - time.monotonic()
         self._begun = time.time()
@@ -191,9 +194,10 @@ class LocalEngine:
         """The leader, and the winner that it would replace, timed longer and compared on other seeds."""
         best = standing.best.trial if standing.best is not None else leader
         named = {each.candidate: each for each in (leader, best)}
-        ready = [each for each in self._at_hand(operator, list(named.values())) if each.outcome is None]
-        if not ready:
-            return []
+        made = self._at_hand(operator, list(named.values()))
+        ready = [each for each in made if each.outcome is None]
+        if made[0].outcome is not None:
+            return [self._record(made[0])]
         terms = self._terms(operator)
         trials = self._tried(operator, ready, Terms(_OTHER_SEEDS, terms.seconds * _LONGER, terms.patience))
         return [self._retested(operator, each, trials) for each in ready]
@@ -216,6 +220,7 @@ class LocalEngine:
             baseline=baseline.seconds,
             noise=max(trial.noise, baseline.noise),
             certificate=self._certificate(operator, _OTHER_SEEDS, trial),
+            tools=self._tools(),
         )
 
     def learn(self, operator: Operator, records: Sequence[Record]) -> None:
@@ -331,10 +336,12 @@ class LocalEngine:
         return found, reason
 
     def _again(self, operator: Operator, standing: Standing, count: int) -> list[tuple[Prepared, Mapping[str, Digest]]]:
-        """What failed for reasons that may have been the machine's, in an earlier run, and what others claim."""
+        """Winners of another compiler, what others claim, and what failed in an earlier run by the machine's fault, as
+        may be."""
         failed = [each for each in standing.trials if each.outcome in TRANSIENT and each.at < self._begun]
         due = (each for each in (*standing.claims, *failed) if each.candidate not in standing.tried)
-        here = [each for each in due if self._is_here(operator, each.space)]
+        proven_elsewhere = (winner.trial for winner in standing.unproven)
+        here = [each for each in (*proven_elsewhere, *due) if self._is_here(operator, each.space)]
         return [self._remade(operator, trial) for trial in here[:count]]
 
     def _is_here(self, operator: Operator, space: str) -> bool:
@@ -431,9 +438,13 @@ class LocalEngine:
         candidates = [Linked(each.candidate, each.symbol, {**together, **more}, shared, each.packed) for each in ready]
         target = self._build.target(operator.target)
         action = measuring(operator.workload, [ground.reference, ground.baseline, *candidates], terms, target)
-        # Builds and other tuners that share the user's store time nothing meanwhile.
-        with self._build.memoizer.store.locked("measuring"):
+        # Builds and other tuners that share the user's store time nothing meanwhile on this machine.
+        is_here = target.measured_on is MeasuredOn.LOCAL
+        with self._build.memoizer.store.locked("measuring") if is_here else contextlib.nullcontext():
             entry = self._memoizer.run(action)
+        if "lost" in entry.outputs:
+            said = self._memoizer.blob(entry.outputs["lost"]).decode()
+            _log.warning("%s, while candidates of %s were measured", said, operator.name)
         return msgspec.json.decode(self._memoizer.blob(entry.outputs["trials"]), type=dict[str, Trial])
 
     def _trial(self, operator: Operator, prepared: Prepared, trials: Mapping[str, Trial]) -> TrialRecord:
@@ -458,8 +469,11 @@ class LocalEngine:
             decisions=prepared.decisions,
             outcome=prepared.outcome or Outcome.TIMED,
             said=prepared.said,
-            tools=self._build.memoizer.toolchain.pick(("tvm", "tvm-ffi", "libtvm")),
+            tools=self._tools(),
         )
+
+    def _tools(self) -> dict[str, str]:
+        return self._build.memoizer.toolchain.pick(TOOLS)
 
     def _certificate(self, operator: Operator, seeds: tuple[int, ...], trial: Trial) -> Certificate:
         parameters = operator.workload.parameters
@@ -469,8 +483,8 @@ class LocalEngine:
     # the cost model
 
     def _model_key(self, operator: Operator, space: str) -> str:
-        attributes = self._build.target(operator.target).attributes
-        return key_of({"cost model": space, "target": attributes, "device": device()})
+        target = self._build.target(operator.target)
+        return key_of({"cost model": space, "target": target.attributes, "device": target.device})
 
     def _model(self, operator: Operator, space: str) -> Digest | None:
         """The cost model of a target, begun with what the last run left."""
