@@ -25,15 +25,16 @@ from pipeline.stages import Home, Inputs, Kind, Stage
 from pipeline.store import ActionEntry, Store
 
 if TYPE_CHECKING:
-    from pipeline.remotes.cache import RemoteCache
+    from pipeline.executors.contract import Executor
+    from pipeline.remotes.cache import Origin, RemoteCache
     from pipeline.toolchain import Toolchain
-    from pipeline.workers import Workers
 
 
 @dataclass(frozen=True)
 class Action:
     """One stage on given inputs. `subject` is what a person calls it, and `places` say where this machine has what the
-    stage reads outside of the store: neither enters the key."""
+    stage reads outside of the store: neither enters the key. `needs` are labels that a worker elsewhere must have to
+    run it, `llvm-znver5` say: see pipeline.executors.placing."""
 
     stage: Stage
     subject: str
@@ -41,6 +42,7 @@ class Action:
     options: Mapping[str, object] = field(default_factory=dict)
     timeout: float = 1800.0  # seconds; what takes longer is stopped. Not in the key either
     places: Mapping[str, object] = field(default_factory=dict)  # the stage sees them as options
+    needs: tuple[str, ...] = ()
 
     def components(self, toolchain: Toolchain) -> dict[str, object]:
         """Everything that can change the result, by name."""
@@ -83,7 +85,9 @@ class Memoizer:
     """Runs actions through the store, and the remote behind it where there is one. Knows stages only by their
     contract."""
 
-    def __init__(self, store: Store, workers: Workers, toolchain: Toolchain, remote: RemoteCache | None = None) -> None:
+    def __init__(
+        self, store: Store, workers: Executor, toolchain: Toolchain, remote: RemoteCache | None = None
+    ) -> None:
         self.store = store
         self.workers = workers
         self.toolchain = toolchain
@@ -92,17 +96,21 @@ class Memoizer:
         self.tally = Tally()
         self.watcher: Watcher | None = None
         self._counting = threading.Lock()
-        self._floor = _Floor()
+        self._floor = Floor()
         self._known: dict[str, ActionEntry] = {}
         self._asked: dict[str, set[str]] = {}  # keys of what was found or run, by subject
         self._ran: set[str] = set()  # keys
+        self._lost: dict[str, tuple[str, ...]] = {}  # by key: blobs that its entry names and the store has no more
 
     def found(self, action: Action) -> ActionEntry | None:
         """The entry of an action where the store has it, counted as a hit; None where it would have to be run."""
         key = key_of(action.components(self.toolchain))
         if (entry := self._remembered(action, key)) is not None:
             return entry
-        entry = self._looked_up(action, key) or self._fetched(action, key)
+        entry = self._looked_up(action, key)
+        if entry is None:
+            self._note_loss(key)
+            entry = self._fetched(action, key)
         if entry is not None:
             self._count_hit(action, key, entry)
         return entry
@@ -110,12 +118,12 @@ class Memoizer:
     def _looked_up(self, action: Action, key: str) -> ActionEntry | None:
         """The entry of an action as the store has it, which may have come from anywhere."""
         entry = self.store.lookup(key)
-        return entry if entry is not None and _is_of(action.stage, entry) else None
+        return entry if entry is not None and is_of(action.stage, entry) else None
 
     def _fetched(self, action: Action, key: str) -> ActionEntry | None:
         """The entry of an action from the remote, now in the store as well."""
         entry = self.remote.find(key) if self.remote is not None else None
-        return entry if entry is not None and _is_of(action.stage, entry) else None
+        return entry if entry is not None and is_of(action.stage, entry) else None
 
     def run(self, action: Action) -> ActionEntry:
         """The entry of an action, from the store or by running it.
@@ -132,7 +140,10 @@ class Memoizer:
         entry = self._looked_up(action, key)
         if entry is None:
             with self.store.locked(key):
-                entry = self._looked_up(action, key) or self._fetched(action, key)
+                entry = self._looked_up(action, key)
+                if entry is None:
+                    self._note_loss(key)
+                    entry = self._fetched(action, key)
                 if entry is None:
                     return self._watched(action, key, components)
         self._count_hit(action, key, entry)
@@ -144,6 +155,7 @@ class Memoizer:
             self._known.clear()
             self._asked.clear()
             self._ran.clear()
+            self._lost.clear()
             self.tally = Tally()
 
     def asked(self, wanted: Callable[[str], bool]) -> dict[str, tuple[str, ActionEntry]]:
@@ -155,6 +167,29 @@ class Memoizer:
     def has_run(self, key: str) -> bool:
         """Whether this process ran an action, rather than found it."""
         return key in self._ran
+
+    def lost(self, key: str) -> tuple[str, ...]:
+        """Hashes of the blobs for want of which an entry that was here could not be used."""
+        return self._lost.get(key, ())
+
+    def origin(self, key: str) -> Origin | None:
+        """Where the remote had an entry from that was fetched; None where it was found here, or run."""
+        return self.remote.origins.get(key) if self.remote is not None else None
+
+    def refused(self, key: str) -> str:
+        """Why the remote's entry was not taken; "" where nothing was wrong with it, or there was none."""
+        return self.remote.refused.get(key, "") if self.remote is not None else ""
+
+    def _note_loss(self, key: str) -> None:
+        """Notes what an entry that is here lacks: why an action is run again, or fetched again, that was run before."""
+        document = self.store.document(key)
+        if document is None:
+            return
+        outputs = ActionEntry.from_bytes(key, document).outputs.values()
+        lacking = tuple(digest.hash for digest in outputs if not self.store.has(digest))
+        if lacking:
+            with self._counting:
+                self._lost[key] = lacking
 
     def _remembered(self, action: Action, key: str) -> ActionEntry | None:
         entry = self._known.get(key)
@@ -201,7 +236,7 @@ class Memoizer:
         return entry
 
     def _perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
-        with self._floor.alone(self.store) if action.stage.alone else self._floor.shared():
+        with self._place(action):
             if action.stage.home is Home.INLINE:
                 entry = perform(self.store, action, key, components)
             else:
@@ -217,8 +252,14 @@ class Memoizer:
             self.remote.publish(key, entry)
         return entry
 
+    def _place(self, action: Action) -> contextlib.AbstractContextManager[None]:
+        """Where an action runs: what is timed on this machine has it to itself."""
+        if action.stage.home is not Home.INLINE and not self.workers.runs_here(action):
+            return contextlib.nullcontext()
+        return self._floor.alone(self.store) if action.stage.alone else self._floor.shared()
 
-class _Floor:
+
+class Floor:
     """Where actions run: any number at once, or one alone, which goes before those that come after it."""
 
     def __init__(self) -> None:
@@ -254,7 +295,7 @@ class _Floor:
                 self._changed.notify_all()
 
 
-def _is_of(stage: Stage, entry: ActionEntry) -> bool:
+def is_of(stage: Stage, entry: ActionEntry) -> bool:
     """Whether an entry can be a result of a stage. What another machine wrote carries a check that holds, whatever it
     says; one that cannot be is made again, and replaced."""
     return entry.stage == stage.name and (not stage.makes or not entry.outputs.keys().isdisjoint(stage.makes))

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -32,6 +33,7 @@ from pipeline.stages import Home
 from pipeline.store import ActionEntry
 
 if TYPE_CHECKING:
+    from pipeline.executors import Job
     from pipeline.memoizer import Action
 
 _PATIENCE = 0.5  # seconds that callers wait for busy workers, all together, before another is started
@@ -61,6 +63,7 @@ class Workers:
         self._all: set[_Worker] = set()
         self._changed = threading.Condition()
         self._stopped = False
+        self.say: Callable[[str], None] = print  # of processes of this machine there is nothing to tell
         self.corrupt = 0  # files of the store, members of sets among them, that workers found damaged and set aside
 
     def perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
@@ -89,6 +92,15 @@ class Workers:
             raise result
         assert isinstance(result, ActionEntry), f"a worker answered with a {type(result).__name__}"
         return result
+
+    def runs_here(self, action: Action) -> bool:
+        return True
+
+    def posts(self, device: str) -> tuple[str, ...]:
+        return ("this machine",)
+
+    def beside(self, job: Job) -> Workers:
+        return Workers(job.store.root, job.jobs, job.temporary, durable=job.durable)
 
     @property
     def stopped(self) -> bool:

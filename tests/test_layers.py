@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-L0 = {"pipeline.errors", "pipeline.hashing", "pipeline.types", "pipeline.config", "pipeline.models"}
+L0 = {"pipeline.amounts", "pipeline.errors", "pipeline.hashing", "pipeline.types", "pipeline.config", "pipeline.models"}
 L0_LIBRARIES = {"xxhash", "msgspec"}
 L1_LIBRARIES = {"platformdirs", "filelock"}
 REMOTES_LIBRARIES = {"cryptography", "google", "grpc", "obstore", "urllib3", "zstandard"}
-FFI_ALLOWED = {"pipeline.runtime", "pipeline.tensors"}
+DASK = {"dask", "distributed", "dask_jobqueue"}
+FFI_ALLOWED = {"pipeline.runtime", "pipeline.tensors", "pipeline.devices.session"}
 
 
 def modules() -> dict[str, Path]:
@@ -101,6 +102,19 @@ def test_the_compiler_knows_nothing_of_what_is_above_it(module: str) -> None:
     assert not {name for name in imports(module) if name in above or name.startswith("pipeline.commands")}
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_dask_is_imported_by_executors_alone_and_only_when_it_is_used(module: str) -> None:
+    assert not outside(imports(module, lazily=False)) & DASK
+    assert module.startswith("pipeline.executors.") or not outside(imports(module)) & DASK
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pipeline.executors")])
+def test_executors_know_nothing_of_the_compiler_nor_of_what_is_built(module: str) -> None:
+    above = {"pipeline.build", "pipeline.tasks", "pipeline.workspace", "pipeline.composition", "pipeline.dispatch"}
+    found = imports(module)
+    assert not {name for name in found if name in above or name.startswith(("pipeline.compiler", "pipeline.commands"))}
+
+
 def test_no_module_imports_itself_in_a_circle() -> None:
     graph = {module: {name for name in imports(module, lazily=False) if name in MODULES} for module in MODULES}
     done: set[str] = set()
@@ -127,8 +141,9 @@ def test_the_reader_sees_imports_in_functions_and_tells_them_apart() -> None:
 
 def test_the_machinery_of_the_cache_loads_neither_tvm_nor_what_comes_with_it() -> None:
     program = (
-        "import sys, pipeline.memoizer, pipeline.workers, pipeline.config, pipeline.freshness; print(*sys.modules)"
+        "import sys, pipeline.memoizer, pipeline.workers, pipeline.config, pipeline.freshness, pipeline.executors;"
+        "print(*sys.modules)"
     )
     loaded = set(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True).split())
     assert "pipeline.memoizer" in loaded
-    assert not loaded & {"tvm", "tvm_ffi", "numpy", "onnx", "torch", "doit", *REMOTES_LIBRARIES}
+    assert not loaded & {"tvm", "tvm_ffi", "numpy", "onnx", "torch", "doit", *REMOTES_LIBRARIES, *DASK}
