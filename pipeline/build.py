@@ -15,26 +15,28 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
 
-from pipeline import artifact, closures, stages
+from pipeline import artifact, closures, notes, stages
 from pipeline.assembly import Assembly, Linked, Object
 from pipeline.composition import Composition, Target, names
 from pipeline.config import load_target
+from pipeline.devices.contract import MeasuredOn
 from pipeline.dispatch import Dispatcher, Run
-from pipeline.errors import CheckError, ConfigError, ModelError, StoreError
+from pipeline.errors import CheckError, ConfigError, ModelError, StageError, StoreError
 from pipeline.hashing import Digest, key_of
+from pipeline.lock import FILE, Following, pin_of
 from pipeline.memoizer import Action, Memoizer
 from pipeline.modelfiles import ModelFile, is_within
 from pipeline.models import Model
 from pipeline.platforms import is_source
 from pipeline.processor import device
-from pipeline.store import ActionEntry
+from pipeline.store import ActionEntry, Pins
 from pipeline.types import (
     CheckState,
     Decision,
@@ -50,14 +52,20 @@ from pipeline.types import (
 
 T = TypeVar("T")
 NATIVE = "native"  # in a target's file: this machine
+# What is asked for and does not depend on which functions operators get.
+_WITHOUT_CHOICE = frozenset({"target", "source", "files", "plan", "extracted", "composition", "host"})
 
 
 class Build:
-    """One run over a workspace: `folder` holds dodo.py, targets/ and artifacts/."""
+    """One run over a workspace: `folder` holds dodo.py, targets/, artifacts/ and tuning.lock, where there is one.
 
-    def __init__(self, folder: Path, memoizer: Memoizer) -> None:
+    is_strict  whether what cannot be as tuning.lock says is an error
+    """
+
+    def __init__(self, folder: Path, memoizer: Memoizer, is_strict: bool = False) -> None:
         self.folder = folder
         self.memoizer = memoizer
+        self.is_strict = is_strict
         self._asked: dict[tuple[object, ...], Future[Any]] = {}
         self._asking = threading.Lock()
 
@@ -74,6 +82,20 @@ class Build:
         self.source(model)
         return self._once(("files", model.name), list)
 
+    @property
+    def following(self) -> Following:
+        """How tuning.lock is followed. Raises ConfigError where it cannot be read."""
+        return self._once(("lock",), lambda: Following.of(self.folder, self.is_strict))
+
+    def by(self, following: Following) -> Build:
+        """The same build where another lock is followed: what was read and extracted is known already."""
+        other = Build(self.folder, self.memoizer, self.is_strict)
+        other._once(("lock",), lambda: following)
+        with self._asking:
+            kept = {question: asked for question, asked in self._asked.items() if question[0] in _WITHOUT_CHOICE}
+        other._asked.update(kept)
+        return other
+
     def problems(self, target: str, models: Iterable[Model]) -> list[str]:
         """What of the target's order could not be used for these models, which are all that were built for it."""
         composition = self.composition(target)
@@ -89,10 +111,15 @@ class Build:
             f"{strategy} is put aside for {labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {reason}"
             for (strategy, reason), labels in refused.items()
         ]
-        if self.target(target).file.select == "fastest" and not self.target(target).is_here:
+        if self.target(target).file.select == "fastest" and self.target(target).measured_on is MeasuredOn.NOWHERE:
             put_aside.append('select = "fastest" needs the target\'s device: the first that applies was taken')
         unlinked = [linked.unlinked for model in models if (linked := self.linked(target, model)).unlinked][:1]
-        return [*composition.problems, *composition.unused_bindings(workloads), *put_aside, *unlinked]
+        told = [*self.following.problems(target, workloads), *composition.problems]
+        return [*told, *composition.unused_bindings(workloads), *put_aside, *unlinked]
+
+    def follows_lock(self, target: str, model: Model) -> bool:
+        """Whether all of a model that was built is as tuning.lock says."""
+        return self.following.is_whole(target, (each.digest for each in self.plan(target, model).workloads))
 
     def files_composed(self, target: str) -> list[Path]:
         """The files, beside the target's own, that the choice of strategies depended on."""
@@ -218,6 +245,7 @@ class Build:
             said = f"there is no file {error.filename}" if missing else f"{error.filename} cannot be read"
             raise ModelError(said, hint="check the path in dodo.py" if missing else f"{error.strerror}") from error
         action = Action(stages.READ_FILE, model.name, options=options, places=places)
+        self._expect_read(action)
         return self.memoizer.run(action), seen.files()
 
     def _reading(self, model: Model) -> dict[str, object]:
@@ -262,7 +290,12 @@ class Build:
         """What decides for a target's workloads. `run` may be a look-up that raises where the store lacks an action."""
         resolved = self.target(target)
         return Dispatcher(
-            resolved, self.composition(target), self.memoizer, run or self.memoizer.run, self._host(resolved)
+            resolved,
+            self.composition(target),
+            self.memoizer,
+            run or self.memoizer.run,
+            self._host(resolved),
+            self.following,
         )
 
     def _host(self, target: Target) -> dict[str, Any]:
@@ -281,7 +314,7 @@ class Build:
         try:
             decision = dispatcher.decide(workload)
             compiled = dispatcher.compiled(workload, decision.candidate)
-        except (_NotFoundError, KeyError, msgspec.MsgspecError):
+        except (_NotFoundError, StageError, KeyError, msgspec.MsgspecError):
             return False  # what makes no sense is told where it is asked for in earnest
         self._once(("decision", target, workload.digest), lambda: decision)
         self._once(("object", target, workload.digest), lambda: Object(compiled, decision))
@@ -390,9 +423,36 @@ class Build:
         )
         folder = self.folder / "artifacts" / target / model.name
         _require_within((*draft.shared, *draft.parts), f"{target}:{model.name}")
-        artifact.publish(self.memoizer.store, draft, folder)
+        wrong = artifact.publish(self.memoizer.store, draft, folder)
+        self._note(target, model, wrong)
+        self._pin(target, model)
         self._share(target, model)
         return folder
+
+    def _note(self, target: str, model: Model, wrong: Mapping[str, str]) -> None:
+        """Writes down what the artifact was made of, for `doit why`. `wrong`: of the artifact that was there."""
+        plan = self.plan(target, model)
+        decided = [each for each in plan.workloads if self._is_done(("decision", target, each.digest))]
+        made = notes.Made(
+            folder=self.folder,
+            target=self.target(target),
+            model=model,
+            source=self.source(model),
+            plan=plan,
+            asked=self.closure(target, model),
+            decisions={each.digest: self.decision(target, each) for each in decided},
+            files=self.files_read(model),
+            wrong=wrong,
+        )
+        notes.note(made, self.memoizer)
+
+    def _pin(self, target: str, model: Model) -> None:
+        """Has the store keep what an artifact is made of that follows tuning.lock, for as long as it does."""
+        pins, name = Pins(self.memoizer.store.root), pin_of(self.folder, target, model.name)
+        if self.following.is_followed:
+            pins.add(name, self.closure(target, model), f"{FILE} of {self.folder}: {target}:{model.name}")
+        else:
+            pins.remove(name)
 
     # what other machines have done already
 
@@ -423,19 +483,28 @@ class Build:
         attributes = self.target(target).attributes
         return closures.keys(self.source(model), attributes, self.memoizer.toolchain, model.name, target)
 
+    def _expect_read(self, action: Action) -> None:
+        """Asks for all at once that a file holds, where a remote knows it and the store does not."""
+        remote, key = self.memoizer.remote, key_of(action.components(self.memoizer.toolchain))
+        if remote is None or self.memoizer.store.lookup(key) is not None:
+            return
+        if (read := closures.ask(remote, self.memoizer.store, closures.key_of_one(key))) is not None:
+            remote.expect(read.said, read.bundles)
+
     def _fetch(self, target: str, model: Model) -> None:
         """Has the store hold what others did for this artifact, where a remote knows it and the store does not."""
         remote, store = self.memoizer.remote, self.memoizer.store
-        if remote is None or not remote.policy.reads:
+        if remote is None:
             return
         extract = key_of(self.extract_action(target, model).components(self.memoizer.toolchain))
         if store.lookup(extract) is not None:
             return
         content, name = self.closure_keys(target, model)
         if (same := closures.ask(remote, store, content)) is not None:
+            remote.expect(same.said, same.bundles)
             remote.fetch(same.said)
         elif (called := closures.ask(remote, store, name)) is not None:
-            remote.expect(called.said)
+            remote.expect(called.said, called.bundles)
 
     def _share(self, target: str, model: Model) -> None:
         """Tells others what this artifact was made of, where some of it was made here."""
@@ -444,7 +513,20 @@ class Build:
             return
         found = self.closure(target, model)
         if any(map(self.memoizer.has_run, found)):
-            closures.publish(remote, self.memoizer.store, found, self.closure_keys(target, model))
+            self.publish_closure(target, model, found)
+
+    def publish_closure(self, target: str, model: Model, found: Mapping[str, tuple[str, ActionEntry]]) -> None:
+        """Has the remote hold the closure of an artifact, as `closure` or `found` gave it, and of what was read for it.
+
+        A machine that asks for the artifact's knows what the model's file holds: that is told of by itself.
+        """
+        remote, store = self.memoizer.remote, self.memoizer.store
+        assert remote is not None
+        read = {key: each for key, each in found.items() if each[1].stage == stages.READ_FILE.name}
+        for key, each in read.items():
+            closures.publish(remote, store, {key: each}, [closures.key_of_one(key)])
+        known = {digest for _, entry in read.values() for digest in entry.outputs.values()}
+        closures.publish(remote, store, found, self.closure_keys(target, model), known)
 
     def _is_done(self, question: tuple[object, ...]) -> bool:
         asked = self._asked.get(question)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,19 @@ from pipeline.compiler.libraries.shims import HEADER, POOL
 from pipeline.compiler.strategies.manual import Manual
 from pipeline.compiler.strategies.tuned import Tuned
 from pipeline.config import TargetFile
+from pipeline.devices.contract import MeasuredOn
+from pipeline.devices.identity import device_of, file_of
 from pipeline.errors import ConfigError, TvmakeError
 from pipeline.freshness import FOLDERS
 from pipeline.hashing import Digest
+from pipeline.lock import FILE as LOCK
 from pipeline.memoizer import Action, Memoizer
-from pipeline.platforms import runs_here
+from pipeline.platforms import has_device_code, runs_here
 from pipeline.processor import device, missing_features
 from pipeline.sources import object_of
 from pipeline.toolchain import library_identity, openmp_runtime
 from pipeline.tuning.ledger import Ledger
-from pipeline.tuning.records import encoded
+from pipeline.tuning.records import TOOLS, Outcome, TrialRecord, Winner, encoded
 from pipeline.types import LibraryUse, Plan, Workload
 
 
@@ -57,10 +60,27 @@ class Target:
         """Whether what is built for it runs on this machine."""
         return is_here(self.attributes)
 
+    @property
+    def measured_on(self) -> MeasuredOn:
+        """Where candidates for it can be tried, which is another question than where models run."""
+        return measured_on(self.attributes, self.file)
+
+    @property
+    def device(self) -> str:
+        """What times that are taken for it hold for."""
+        return device_of(self.file)
+
 
 def is_here(attributes: Mapping[str, Any]) -> bool:
     """Whether what is built for a target of these attributes runs on this machine."""
     return runs_here(attributes) and not missing_features(attributes)
+
+
+def measured_on(attributes: Mapping[str, Any], file: TargetFile) -> MeasuredOn:
+    """Where candidates of a target can be tried: on the devices that its file names, or else here, if its code runs."""
+    if file.device is not None:
+        return MeasuredOn.NOWHERE if has_device_code(attributes) else MeasuredOn.RPC
+    return MeasuredOn.LOCAL if is_here(attributes) else MeasuredOn.NOWHERE
 
 
 @dataclass(frozen=True)
@@ -145,41 +165,83 @@ class Composition:
         self._linking: dict[str, Linking] = {}
         self._pool: tuple[dict[str, Digest], dict[str, Digest]] | None = None
         self._records: dict[str, list[Digest]] = {}
-        self._ledger = Ledger(memoizer.store, target.file.measure.noise)
+        tools = memoizer.toolchain.pick(TOOLS)
+        self.ledger = Ledger(memoizer.store, target.file.measure.noise, tools=tools)
+        self.cannot_be_made: dict[str, list[str]] = {}  # by workload: what is said of better records
+        self.unproven: dict[str, Winner] = {}  # by workload: the best of another compiler, where nothing is proven
         self.problems: list[str] = []
         self._libraries = dict(self._installed())
         self._bindings = list(self._bound())
 
     def files(self) -> list[Path]:
         """The files that the choice depends on: the workspace's own, the databases of records, and the libraries'."""
+        lock = self._folder / LOCK
         own = [path for kind in FOLDERS for path in (self._folder / kind).glob("*") if path.is_file()]
         databases = [self._folder / name / part for name in self._file.records for part in DATABASE.values()]
         found = [each for each in self._libraries.values() if each.source is None]
         shared = [path for each in self._libraries.values() for path in each.installed.shared.values()]
         ours = [Path(sys.modules[type(each.library).__module__].__file__ or "") for each in found]
         shims = [each.library.shim for each in found if isinstance(each.library.shim, Path)]
-        if "tuned" in self._file.order:
+        if "tuned" in self._file.order or self._file.select == "fastest":  # what was measured may be withdrawn
             databases.append(self._memoizer.store.sets.changed)
-        return [*own, *databases, *shared, *ours, *shims]
+        if self._file.device is not None:
+            databases.append(file_of(self._file.device))
+        return [lock, *own, *databases, *shared, *ours, *shims]
 
     def offers(self, workload: Workload) -> list[Offer]:
         """The strategies to ask about a workload, in the order of choice.
 
         Raises ConfigError where the target's rules leave none.
         """
-        rules = [rule for rule in self._file.operators if workload.matches(rule.match)]
-        found = [
-            offer
-            for name in self._file.order
-            for offer in self._of(name, workload)
-            if all(_allows(rule.only, offer) and not _names(rule.forbid, offer) for rule in rules)
-        ]
+        asked = (offer for name in self._file.order for offer in self._of(name, workload))
+        found = [offer for offer in asked if self.is_allowed(offer, workload)]
         if not found:
             raise ConfigError(
                 f"targets/{self._target}.toml leaves no strategy for {workload.label}",
                 hint='add "default" to its order, or loosen its [[operators]]',
             )
         return found
+
+    def offer(self, name: str, workload: Workload) -> Offer | None:
+        """The offer of one strategy or library, whether the target's order has it or not; None where it has none."""
+        return next(self._of(name, workload), None)
+
+    def is_asked(self, name: str) -> bool:
+        """Whether a strategy stands in the target's order, as itself or as one of the libraries."""
+        if name in self._file.order:
+            return True
+        is_library = name in self._known_libraries() or (self._folder / "libraries" / f"{name}.py").exists()
+        listed = self._file.libraries
+        return is_library and "library" in self._file.order and (listed is None or name in listed)
+
+    def is_allowed(self, offer: Offer, workload: Workload) -> bool:
+        """Whether the target's rules leave an operator a strategy."""
+        rules = [rule for rule in self._file.operators if workload.matches(rule.match)]
+        return all(_allows(rule.only, offer) and not _names(rule.forbid, offer) for rule in rules)
+
+    def offer_of_record(self, trial: TrialRecord, trusted: bool) -> Offer:
+        """`tuned` with one record alone. Raises ConfigError where its search space is not there."""
+        _, sources = self.space(trial.space)
+        inputs = {"winner0": self._memoizer.store.put(encoded(recipe(trial)))}
+        inputs |= {f"space.{trial.space}": source for source in sources.values()}
+        return Offer(Tuned.name, inputs, {"strategy version": Tuned.version}, trusted=trusted)
+
+    def sets_elsewhere(self, workload: Workload) -> Sequence[str]:
+        """The keys of a workload's records for other devices than this, or other targets."""
+        own = self.records_key(workload)
+        return [key for key in self._sets_by_workload.get(workload.digest, ()) if key != own]
+
+    @functools.cached_property
+    def _sets_by_workload(self) -> Mapping[str, Sequence[str]]:
+        found: dict[str, list[str]] = {}
+        for key in sorted(self.ledger.all_keys()):
+            found.setdefault(str(self.ledger.about(key).get("workload", "")), []).append(key)
+        return found
+
+    def offer_of_databases(self, workload: Workload) -> Offer | None:
+        """`tuned` with what the target's databases have of a workload alone."""
+        groups = {f"records{i}": group for i, group in enumerate(self._records.get(workload.digest, []))}
+        return Offer(Tuned.name, groups, {"strategy version": Tuned.version}) if groups else None
 
     def linking(self, library: str) -> Linking:
         """What the functions that call a library are linked with."""
@@ -261,9 +323,9 @@ class Composition:
                 )
         elif name == "tuned":
             inputs = {f"records{i}": group for i, group in enumerate(self._records.get(workload.digest, []))}
-            inputs |= self._winners(workload)
-            if inputs:
-                yield Offer(name, inputs, {"strategy version": Tuned.version})
+            winners, is_proven = self._winners(workload)
+            if inputs or winners:
+                yield Offer(name, {**inputs, **winners}, {"strategy version": Tuned.version}, trusted=is_proven)
         elif name in self._libraries or name in self._known_libraries():
             yield from self._library_offer(name)
         elif any(strategy.name == name for strategy in strategies.STRATEGIES):
@@ -278,13 +340,20 @@ class Composition:
         found, path = space_of(self._folder, name)
         return found, {} if path is None else {"source": self._memoizer.store.put_file(path)}
 
-    def _winners(self, workload: Workload) -> dict[str, Digest]:
-        """The best records of what was tuned here: validated, faster than the baseline, the best first; and the files
-        of the spaces that they are of."""
-        key = self._ledger.key_of(workload.digest, self._attributes, device())
+    def records_key(self, workload: Workload) -> str:
+        """The key of a workload's set of tuning records."""
+        return self.ledger.key_of(workload.digest, self._attributes, device_of(self._file))
+
+    def _winners(self, workload: Workload) -> tuple[dict[str, Digest], bool]:
+        """The records of what was tuned that may be applied, the best first, with the files of the spaces that they are
+        of; and whether they were validated with the tools of today."""
+        applied, is_proven = self.ledger.standing(self.records_key(workload)).applied()
+        if applied and not is_proven:
+            with self._lock:
+                self.unproven[workload.digest] = applied[0]
         inputs: dict[str, Digest] = {}
         winners: list[Digest] = []
-        for winner in self._ledger.standing(key).winners:
+        for winner in applied:
             if len(winners) == _WINNERS:
                 break
             try:
@@ -294,7 +363,7 @@ class Composition:
                 continue
             winners.append(self._memoizer.store.put(encoded(winner.trial)))
             inputs |= {f"space.{winner.trial.space}": source for source in sources.values()}
-        return inputs | {f"winner{i}": record for i, record in enumerate(winners)}
+        return inputs | {f"winner{i}": record for i, record in enumerate(winners)}, is_proven
 
     def _library_offer(self, name: str) -> Iterator[Offer]:
         found = self._libraries.get(name)
@@ -398,12 +467,29 @@ class Composition:
     def passed_over(self, workload: Workload, said: list[str]) -> None:
         """Notes that better records of a workload cannot be made again: by this TVM, or by this version of a space."""
         count = f"{len(said)} better tuning {'record' if len(said) == 1 else 'records'}"
+        with self._lock:
+            self.cannot_be_made[workload.digest] = said
         self._problem(f"{count} of {workload.label} cannot be made again, tune it again: {said[0]}")
+
+    def tell(self, text: str) -> None:
+        """Has the end of the run say something that happened, once."""
+        self._problem(text)
 
     def _problem(self, text: str) -> None:
         with self._lock:
             if text not in self.problems:
                 self.problems.append(text)
+
+
+def recipe(trial: TrialRecord) -> TrialRecord:
+    """What it takes to make a candidate again, and nothing that was measured of it: the same on every machine."""
+    return TrialRecord(
+        candidate=trial.candidate,
+        space=trial.space,
+        space_version=trial.space_version,
+        decisions=trial.decisions,
+        outcome=Outcome.CLAIMED,
+    )
 
 
 def _names(listed: tuple[str, ...], offer: Offer) -> bool:

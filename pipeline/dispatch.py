@@ -11,18 +11,20 @@ with the reason, and the next one is taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline import stages
+from pipeline import locking, stages
 from pipeline.composition import Composition, Offer, Target
+from pipeline.devices import asking
+from pipeline.devices.contract import MeasuredOn
 from pipeline.errors import ConfigError, StageError, TvmakeError
-from pipeline.hashing import Digest
+from pipeline.hashing import Digest, key_of
+from pipeline.lock import REASON, TUNED, Entry, Following
 from pipeline.memoizer import Action, Memoizer
 from pipeline.platforms import triple_of
-from pipeline.processor import device
 from pipeline.store import ActionEntry
 from pipeline.toolchain import driver_identity, nvcc_identity
 from pipeline.types import Candidate, Decision, Packed, Terms, Trial, Workload, symbol_of
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from pipeline.assembly import Object
 
 Run = Callable[[Action], ActionEntry]  # runs an action, or finds it; raises what its stage raises
+
+_MEASURE_AWAY = replace(stages.MEASURE, alone=False)
 
 REFERENCE = "default"  # what candidates are compared with: the workload as it is
 
@@ -55,8 +59,9 @@ class Linked:
     packed: Sequence[Packed] = ()
 
 
-def measuring(workload: Workload, contenders: Sequence[Linked], terms: Terms, target: Target) -> Action:
-    """What compares candidates of a workload with the first of them, and times the others."""
+def measuring(workload: Workload, contenders: Sequence[Linked], terms: Terms, target: Target, anew: str = "") -> Action:
+    """What compares candidates of a workload with the first of them, and times the others. `anew`: "", or what tells it
+    from measurements that were withdrawn."""
     named: list[list[object]] = []
     inputs: dict[str, Digest] = {}
     for each in contenders:
@@ -72,41 +77,93 @@ def measuring(workload: Workload, contenders: Sequence[Linked], terms: Terms, ta
         "seeds": list(terms.seeds),
         "seconds": terms.seconds,
         "patience": terms.patience,
-        "device": device(),
+        "device": target.device,
     }
-    return Action(stages.MEASURE, f"{target.name}:{workload.label}", inputs, options, target.file.timeout)
+    if anew:
+        options["anew"] = anew
+    subject = f"{target.name}:{workload.label}"
+    if target.measured_on is not MeasuredOn.RPC or (away := target.file.device) is None:
+        return Action(stages.MEASURE, subject, inputs, options, target.file.timeout)
+    places: dict[str, object] = {"rpc": msgspec.to_builtins(away), "triple": triple_of(target.attributes)}
+    # Nothing is timed on this machine; and what waits for a device is not late.
+    return Action(_MEASURE_AWAY, subject, inputs, options, target.file.timeout + away.wait, places)
 
 
 @dataclass(frozen=True)
 class Dispatcher:
     """Decides for the workloads of one target. `run` may be a look-up that raises where the store lacks an action;
-    `host` is what this machine is as a target, for what must run here whatever the target."""
+    `host` is what this machine is as a target, for what must run here whatever the target; `following`, how
+    tuning.lock is followed."""
 
     target: Target
     composition: Composition
     memoizer: Memoizer
     run: Run
     host: Mapping[str, Any]
+    following: Following = field(default_factory=lambda: Following(None))
 
     def decide(self, workload: Workload, without: str = "") -> Decision:
-        """Among all strategies, or all but one. Raises StageError where every candidate is put aside: what befell it,
-        where there was but one."""
+        """As tuning.lock says; or among all strategies, or all but one. Raises StageError where every candidate is put
+        aside: what befell it, where there was but one; and where the lock must be followed and cannot be."""
+        if not without and (locked := self._by_lock(workload)) is not None:
+            return locked
         offers = [offer for offer in self.composition.offers(workload) if offer.strategy != without]
-        if self.target.file.select == "fastest" and self.target.is_here and _is_plain(workload):
+        if self.target.file.select == "fastest" and self._can_try(workload):
             return self._fastest(workload, offers)
         return self._first(workload, offers)
 
     def prepare(self, workload: Workload) -> None:
         """Has made what deciding needs that needs no quiet: candidates, and where they will be timed their objects."""
+        if self._by_lock(workload) is not None:
+            return
         offers = self.composition.offers(workload)
-        if self.target.file.select == "fastest" and self.target.is_here and _is_plain(workload):
+        if self.target.file.select == "fastest" and self._can_try(workload):
             self._contenders(workload, [each for each in map(self._asker(workload), offers) if each])
         else:
             self._first(workload, offers)
 
+    def _by_lock(self, workload: Workload) -> Decision | None:
+        """The decision that tuning.lock has for a workload; None where the choice is free."""
+        following, name = self.following, self.target.name
+        entry = following.entry(name, workload)
+        if entry is None:
+            is_unlocked = following.is_followed and following.anew is None and not workload.calls
+            return self._as_everywhere(workload) if is_unlocked else None
+        try:
+            decision = self._locked(workload, entry)
+        except TvmakeError as error:
+            self._require_going(error)
+            following.cannot(name, workload, error)
+            return None
+        following.better(name, workload, locking.held_back(self.composition, self.target.file, workload, entry))
+        return decision
+
+    def _locked(self, workload: Workload, entry: Entry) -> Decision:
+        """The decision of an entry, the same on every machine. Raises TvmakeError where it cannot be had."""
+        offer = locking.offer(self.composition, self.target.name, workload, entry)
+        refusals: list[TvmakeError] = []
+        candidate = self._asker(workload, refusals=refusals)(offer)
+        if candidate is None:
+            raise refusals[0] if refusals else ConfigError(f"{entry.use} no longer applies to it")
+        if candidate.whole.hash != entry.function:
+            found = f"{candidate.whole.hash[:12]} instead of {entry.function[:12]}"
+            raise ConfigError(f"{entry.use} makes another function of it than the locked one: {found}")
+        self.compiled(workload, candidate)
+        if not offer.trusted and (refused := self._compared(workload, candidate).refused):
+            raise ConfigError(f"{entry.use} is put aside: {refused}")
+        return Decision(candidate, REASON, (Trial(candidate.strategy),))
+
+    def _as_everywhere(self, workload: Workload) -> Decision | None:
+        """What lays out weights is in no lock: of it, the first that applies and is neither timed nor tuned."""
+        offers = [offer for offer in self.composition.offers(workload) if offer.strategy != TUNED]
+        return self._first(workload, offers) if offers else None
+
     def compiled(self, workload: Workload, candidate: Candidate) -> Compiled:
         """A candidate compiled under its workload's symbol."""
-        action = self._codegen(workload, candidate.function, workload.symbol, self.target.attributes)
+        return self._compiled_as(workload, candidate.function, workload.symbol)
+
+    def _compiled_as(self, workload: Workload, function: Digest, symbol: str) -> Compiled:
+        action = self._codegen(workload, function, symbol, self.target.attributes)
         outputs = self.run(action).outputs
         shown = {name.removeprefix("kernels"): blob for name, blob in outputs.items() if name.startswith("kernels")}
         if "source" in outputs:
@@ -179,6 +236,10 @@ class Dispatcher:
         chosen = next(each for each in candidates if each.strategy == best)
         return Decision(chosen, _why_fastest(best, timed), _in_order(trials, offers))
 
+    def ask(self, workload: Workload, offer: Offer) -> Candidate | None:
+        """What a strategy offers, or None where it does not apply or fails."""
+        return self._asker(workload)(offer)
+
     def _asker(
         self, workload: Workload, trials: list[Trial] | None = None, refusals: list[TvmakeError] | None = None
     ) -> Callable[[Offer], Candidate | None]:
@@ -231,13 +292,22 @@ class Dispatcher:
         """What a candidate is compiled to: itself, under its workload's symbol, and what lays out its weights."""
         objects = {f"{workload.symbol}.o": self.compiled(workload, candidate).object}
         for packed in candidate.packed:
-            made = self.run(self.packing(workload, packed)).outputs["object"]
-            objects[f"{symbol_of(packed.function.hash)}.o"] = made
+            objects[f"{symbol_of(packed.function.hash)}.o"] = self._packing_there(workload, packed)
         return objects
+
+    def _packing_there(self, workload: Workload, packed: Packed) -> Digest:
+        """The object of what lays out a weight, for where candidates are tried: in a model that happens here."""
+        if self.target.measured_on is MeasuredOn.RPC:
+            return self._compiled_as(workload, packed.function, symbol_of(packed.function.hash)).object
+        return self.run(self.packing(workload, packed)).outputs["object"]
+
+    def _can_try(self, workload: Workload) -> bool:
+        """Whether candidates of a workload can be compared and timed anywhere."""
+        return self.target.measured_on is not MeasuredOn.NOWHERE and _is_plain(workload)
 
     def _compared(self, workload: Workload, candidate: Candidate) -> Trial:
         """What comes of comparing one candidate with the default; it is not timed."""
-        if not (self.target.is_here and _is_plain(workload)):
+        if not self._can_try(workload):
             return Trial(
                 candidate.strategy, refused="cannot be compared with the default here, and is not this project's own"
             )
@@ -251,8 +321,19 @@ class Dispatcher:
             reference = (plain, self.objects(workload, plain))
         else:
             reference = next(each for each in contenders if each[0].function == workload.function)
-        entry = self.run(self._measure(workload, [reference, *contenders], seconds))
+        self._require_known_device()
+        action = self._measure(workload, [reference, *contenders], seconds)
+        entry = self.run(action)
+        if "lost" in entry.outputs and self.memoizer.has_run(key_of(action.components(self.memoizer.toolchain))):
+            said = self.memoizer.blob(entry.outputs["lost"]).decode()
+            self.composition.tell(f"{said}, while {workload.label} was measured")
         return msgspec.json.decode(self.memoizer.blob(entry.outputs["trials"]), type=dict[str, Trial])
+
+    def _require_known_device(self) -> None:
+        """Results are keyed by what a device says of itself, so it is asked before the first; not by a mere look-up."""
+        away, is_look_up = self.target.file.device, self.run != self.memoizer.run or not self.memoizer.may_run
+        if self.target.measured_on is MeasuredOn.RPC and away is not None and not is_look_up:
+            asking.require_known(away, triple_of(self.target.attributes))
 
     def _measure(
         self, workload: Workload, contenders: Sequence[tuple[Candidate, dict[str, Digest]]], seconds: bool
@@ -260,7 +341,8 @@ class Dispatcher:
         own = self.target.file.measure
         terms = Terms(seconds=own.seconds if seconds else 0.0, patience=own.patience)
         linked = [self.linked(candidate, objects, workload.symbol) for candidate, objects in contenders]
-        return measuring(workload, linked, terms, self.target)
+        anew = self.composition.ledger.measured_anew(self.composition.records_key(workload))
+        return measuring(workload, linked, terms, self.target, anew)
 
     def linked(self, candidate: Candidate, objects: Mapping[str, Digest], symbol: str) -> Linked:
         """A compiled candidate, under that symbol, with what it is linked with."""

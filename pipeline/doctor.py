@@ -33,13 +33,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from pipeline import toolchain
 from pipeline.compiler.libraries import LIBRARIES, Library
-from pipeline.errors import RemoteError, StoreError, TvmakeError
+from pipeline.errors import DeviceError, RemoteError, StoreError, TvmakeError
 from pipeline.processor import missing_features
 from pipeline.store import Store, default_root
+
+if TYPE_CHECKING:
+    from pipeline.devices.tracker import Standing
 
 TIME_LIMIT = 60.0  # seconds for the child; it needs about two, and a cold network disk some ten more
 
@@ -217,6 +220,67 @@ def remote() -> Finding:
         opened.close()
 
 
+def devices() -> Finding:
+    """Asks the trackers that the targets of the workspace name who is there: all at once, each for some seconds."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pipeline.config import load_target
+
+    found = [load_target(path).device for path in sorted(Path.cwd().glob("targets/*.toml"))]
+    wanted = list(dict.fromkeys((each.tracker, each.key) for each in found if each is not None))
+    if not wanted:
+        return _ok("no target of this folder is measured on devices")
+    trackers = list(dict.fromkeys(tracker for tracker, _ in wanted))
+    with ThreadPoolExecutor(len(trackers)) as threads:
+        answers = dict(zip(trackers, threads.map(_asked_tracker, trackers), strict=True))
+    told = [_devices_of(answers[tracker], tracker, key) for tracker, key in wanted]
+    said, hints = "; ".join(each.said for each in told), [each.hint for each in told if each.hint]
+    return _warning(said, hints[0]) if hints else _ok(said)
+
+
+def _asked_tracker(address: str) -> dict[str, Standing] | DeviceError:
+    from pipeline.devices.tracker import Tracker
+
+    try:
+        with Tracker(address) as tracker:
+            return tracker.standings()
+    except DeviceError as error:
+        return error
+
+
+def _devices_of(answer: dict[str, Standing] | DeviceError, tracker: str, key: str) -> Finding:
+    """What a tracker has of a key: how many devices, and what they are at."""
+    from pipeline.devices.tracker import serve
+
+    if isinstance(answer, DeviceError):
+        return _warning(answer.message, answer.hint)
+    there = answer.get(key)
+    if there is None or not there.total:
+        others = ", ".join(name for name, each in answer.items() if each.total) or "none at all"
+        return _warning(f"the RPC tracker {tracker} has no device {key}; it has {others}", serve(tracker, key))
+    waiting = f", {there.waiting} waiting for one" if there.waiting else ""
+    return _ok(f"{key} at {tracker}: {there.total} there, {there.free} free, {there.busy} busy{waiting}")
+
+
+def executor() -> Finding:
+    """Looks at who would run the stages of a build here."""
+    from pipeline.executors import VARIABLE
+
+    named = os.environ.get(VARIABLE, "")
+    if "://" not in named:
+        return _ok(f"{named or 'processes of this machine'}")
+    from pipeline.executors.dask import address_of
+    from pipeline.executors.placing import unlike
+    from pipeline.executors.serving import look
+
+    seen = [each.worker for each in look(address_of(named))]
+    wrong = [f"{worker.name} {why}" for worker in seen if (why := unlike(worker, {}))]
+    said = f"{len(seen)} worker{'s' * (len(seen) != 1)} at {named}"
+    if wrong or not seen:
+        return _warning("; ".join([said, *wrong]), f"doit cluster status {address_of(named)}")
+    return _ok(said)
+
+
 def temporary_files() -> Finding:
     folder, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
     with tempfile.TemporaryFile() as stream:
@@ -347,6 +411,8 @@ CHECKS = (
     Check(store_disk, hint=_OTHER_STORE),
     Check(quarantine, hint=_OTHER_STORE),
     Check(remote, hint="see docs/caches.md"),
+    Check(devices, hint="see docs/devices.md"),
+    Check(executor, hint="see docs/cluster.md"),
     Check(temporary_files, hint=_TMPDIR),
     Check(lambda: _optional("onnx", "read ONNX models", "onnx"), name="onnx"),
     Check(lambda: _optional("onnxsim", "simplify ONNX models", "onnx"), name="onnxsim"),

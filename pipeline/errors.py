@@ -9,6 +9,8 @@
     │   ├── WorkerDiedError  the process that ran it died
     │   └── CheckError       the artifact and the reference disagree
     ├── NotBuiltError        a stage would have to run, where nothing may
+    ├── ExecutorError        the machines that were to run stages are not there, or cannot
+    ├── DeviceError          a device that candidates are measured on, or its tracker, does not do its part
     ├── StoreError           the store cannot be used as it is: format, permissions, space
     │   └── RemoteError      a remote store does not do its part; `trouble` tells why
     └── ArtifactError        a built artifact cannot be loaded or called
@@ -76,6 +78,10 @@ class NotBuiltError(TvmakeError):
     """A stage would have to run for what was asked, where only what is stored may be looked at."""
 
 
+class ExecutorError(TvmakeError):
+    """What was to run stages elsewhere is not there, or cannot. Nothing is wrong with what it was to run."""
+
+
 class WorkerDiedError(StageError):
     """The process that ran a stage died: a signal, memory, or a crash of the compiler. `timed_out` where it was stopped
     because it took too long."""
@@ -85,6 +91,10 @@ class WorkerDiedError(StageError):
 
 class CheckError(StageError):
     """An artifact's outputs and the reference's disagree."""
+
+
+class DeviceError(TvmakeError):
+    """A device that candidates are measured on, or the tracker that knows it, does not do its part."""
 
 
 class StoreError(TvmakeError):

@@ -26,7 +26,7 @@ from doit.globals import Globals
 from pipeline import freshness
 from pipeline.errors import TvmakeError
 from pipeline.models import Model
-from pipeline.workspace import BEGUN_NS, Part, Selection, Workspace, jobs
+from pipeline.workspace import BEGUN_NS, Part, Selection, Use, Workspace, jobs
 
 if TYPE_CHECKING:
     from pipeline.types import Plan, Profile, Workload
@@ -46,6 +46,7 @@ DOCS = {
 }
 FRONT = ("resolve", "read", "extract")
 TUNE = "tune"
+_FOLLOWS_LOCK = "follows lock"  # in an artifact's record: whether all of it is as tuning.lock says
 
 
 class StageAction(BaseAction):
@@ -92,6 +93,8 @@ def create(workspace: Workspace, selection: Selection) -> Iterator[dict[str, Any
     known = _Known(workspace, pairs)
     if selection.part is not Part.ALL:
         pairs = [pair for pair in pairs if not known.is_fresh(*pair)]
+    if selection.part is Part.FRONT and pairs:
+        _ = workspace.build.following  # what is wrong with tuning.lock is said once, before anything is built
     if selection.part is Part.BACK:
         # What could not be extracted has failed already, in words.
         pairs = [pair for pair in pairs if workspace.build.is_extracted(*pair)]
@@ -150,7 +153,10 @@ def _back(
         yield _task("profile", pair, is_fresh, partial(_profile, workspace, target, model), [f"check:{pair}"])
         yield {
             **_task("artifact", pair, is_fresh, partial(known.finish, target, model, with_deps), [f"profile:{pair}"]),
-            "clean": [(_remove, [workspace.artifact(target, model)])],
+            "clean": [
+                (_remove, [workspace.artifact(target, model)]),
+                (_forget, [workspace.folder, target, model.name]),
+            ],
         }
 
 
@@ -255,6 +261,12 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _forget(folder: Path, target: str, model: str) -> None:
+    from pipeline.journal import Journal
+
+    Journal(folder, target, model).remove()
+
+
 @dataclass(frozen=True)
 class Built:
     """A model as the last build left it: `profile` is None where it was not timed."""
@@ -285,6 +297,11 @@ def built(workspace: Workspace, pairs: list[tuple[str, Model]]) -> list[Built]:
             kept = _values(f"profile:{target}:{model.name}").get("profile")
             found.append(Built(target, model, plan, msgspec.convert(kept, Profile) if kept else None))
     return found
+
+
+def is_fresh(workspace: Workspace, target: str, model: Model) -> bool:
+    """Whether a model's artifact is what a build would make now, as far as the last build's record tells."""
+    return _Known(workspace, [(target, model)]).is_fresh(target, model)
 
 
 def remembered_plan(target: str, model: Model) -> Plan | None:
@@ -320,7 +337,9 @@ class _Known:
         pair = (target, model.name)
         if pair not in self._fresh:
             kept = _values(f"artifact:{target}:{model.name}").get("record")
-            self._fresh[pair] = freshness.holds(kept, self._declared[pair])
+            holds = self._workspace.use is not Use.WRITE and freshness.holds(kept, self._declared[pair])
+            is_enough = self._workspace.use is not Use.REQUIRE or (kept or {}).get(_FOLLOWS_LOCK, False)
+            self._fresh[pair] = holds and is_enough
         return self._fresh[pair]
 
     def is_built(self, target: str, model: Model) -> bool:
@@ -352,7 +371,10 @@ class _Known:
             *build.files_composed(target),
         ]
         made = sorted(folder.iterdir())
-        return {"record": freshness.record(self._declared[target, model.name], files, made, BEGUN_NS)}
+        record = freshness.record(self._declared[target, model.name], files, made, BEGUN_NS, self._workspace.written)
+        if record is not None:
+            record[_FOLLOWS_LOCK] = build.follows_lock(target, model)
+        return {"record": record}
 
 
 def _values(task: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pipeline.models import Model
 
 if TYPE_CHECKING:
     from pipeline.build import Build
+    from pipeline.lock import Following
     from pipeline.remotes.cache import RemoteCache
     from pipeline.remotes.lanes import Lanes
     from pipeline.remotes.settings import Settings
@@ -51,13 +52,24 @@ class Part(enum.Enum):
     BACK = "back"  # after extraction, of what is not fresh
 
 
+class Use(enum.Enum):
+    """What a command does about tuning.lock."""
+
+    FOLLOW = "follow"  # as far as that is possible
+    REQUIRE = "require"  # it must be there, and be followed in all
+    WRITE = "write"  # what is fresh by the one that is there is looked at again
+
+
 @dataclass(frozen=True)
 class Selection:
-    """What a command asks for: a part of the tasks, of some models and targets (None for all)."""
+    """What a command asks for: a part of the tasks, of some models and targets (None for all), built as tuning.lock
+    says, by what runs stages: see pipeline.executors."""
 
     part: Part = Part.ALL
     models: frozenset[str] | None = None
     targets: frozenset[str] | None = None
+    use: Use = Use.FOLLOW
+    executor: str = ""
 
 
 _EVERYTHING = Selection()
@@ -94,6 +106,9 @@ class Workspace:
         self._lanes: Lanes | None = None
         self._leaving = contextlib.ExitStack()  # what ends with the process's work
         self._settings: Settings | None = None
+        self.use = Use.FOLLOW
+        self.executor = ""
+        self.written: dict[str, str] = {}  # files of the workspace that this process wrote, and hashes of their bytes
         # doit takes whatever in dodo.py has this attribute for a maker of tasks: the class must not have it.
         self.create_doit_tasks = self._tasks
 
@@ -103,6 +118,7 @@ class Workspace:
 
         from pipeline.tasks import create
 
+        self.use, self.executor = selected().use, selected().executor
         try:
             yield from create(self, selected())
         except TvmakeError as error:
@@ -146,14 +162,20 @@ class Workspace:
         """The build of this process, made when it is first needed."""
         if self._build is None:
             from pipeline.build import Build
+            from pipeline.executors import Job, open_executor
             from pipeline.memoizer import Memoizer
             from pipeline.toolchain import detect
-            from pipeline.workers import Workers
 
             self._leaving.enter_context(self.store.in_use())
-            workers = Workers(self.store.root, jobs())
-            self._build = Build(self.folder, Memoizer(self.store, workers, detect(), self.remote))
+            toolchain = detect()
+            job = Job(self.store, toolchain, jobs(), self.remote, self.settings.url or "")
+            memoizer = Memoizer(self.store, open_executor(self.executor, job), toolchain, self.remote)
+            self._build = Build(self.folder, memoizer, self.use is Use.REQUIRE)
         return self._build
+
+    def follow(self, following: Following) -> None:
+        """From here on this process builds by another lock than that of the file."""
+        self._build = self.build.by(following)
 
     @property
     def settings(self) -> Settings:

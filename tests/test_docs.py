@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import runpy
+import shlex
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_tune
 from conftest import Done, WorkspaceFolder
 
 from pipeline.compiler import libraries
 from pipeline.composition import names
-from pipeline.config import Measure, TargetFile, Tune, load_target
+from pipeline.config import Measure, Policy, Stale, TargetFile, Tune, load_target
 from pipeline.report import Report, Row, table
 from pipeline.types import Operator
 from tests import models
@@ -184,3 +186,77 @@ def test_documents_name_files_that_are_there() -> None:
             assert (DOCS / link).is_file(), link
         for named in re.findall(r"`(pipeline/[\w/.]+)`", text):
             assert (root / named).exists(), named
+
+
+# The commands of one session, in its order, and what each prints.
+
+# What differs from run to run: spans of time, ratios, counts of what was retested, digests, moments, who.
+_DIFFERS = (
+    (r"\d{4}-\d\d-\d\d \d\d:\d\d", "MOMENT"),
+    (r"\S+@\S+", "SOMEBODY"),
+    (r"[0-9a-f]{8,64}", "DIGEST"),
+    (r"\d+(\.\d+)? ?(µs|ms|s|min|h)\b", "TIME"),
+    (r"\d+(\.\d+)?(%|x)", "RATIO"),
+    (r"\d+\.\d+", "NUMBER"),
+    (r"\(\d+ times\)", "(N times)"),
+    (r"\d+ (records|times as fast)", r"N \1"),
+    (r"[\s─]+", " "),
+)
+_GOING_ON = re.compile(r"\[\d+/\d+\]|read |extracted |compiled |packed |linked |checked |timed ")
+_REST = "…"
+
+
+def lines(text: str) -> list[str]:
+    """What is said, without what differs from run to run, in no order: two streams have none."""
+    found = []
+    for line in text.splitlines():
+        for pattern, word in _DIFFERS:
+            line = re.sub(pattern, word, line)
+        if line.strip() and not _GOING_ON.match(line):
+            found.append(line.strip())
+    return sorted(found)
+
+
+def session() -> list[tuple[str, str]]:
+    """Each command of operators.md with what it prints there."""
+    text = "".join(each.text for each in blocks("operators.md") if each.language == "console")
+    return [
+        (command, said)
+        for command, _, said in (each.partition("\n") for each in re.split(r"^\$ ", text, flags=re.M)[1:])
+    ]
+
+
+OPERATORS = {"gate": ("Relu", "Sigmoid"), "head": ("Tanh",), "mixer": ("Relu", "Tanh", "Sigmoid")}
+
+
+def test_the_life_of_an_operator_is_as_the_document_tells(workspace: WorkspaceFolder) -> None:
+    for name, activations in OPERATORS.items():
+        workspace.onnx(f"{name}.onnx", test_tune.products(*activations))
+    workspace.dodo("\n".join(f'Model.onnx("{name}", "{name}.onnx"),' for name in OPERATORS))
+    workspace.write("spaces/lanes.py", test_tune.lanes())
+    policy = next(each.text for each in blocks("operators.md") if each.text.startswith("[policy]"))
+    workspace.write(
+        "targets/native.toml", test_tune.target("lanes").replace("profile = false", "profile = true") + policy
+    )
+    commands = session()
+    verbs = {shlex.split(command)[1] for command, _ in commands}
+    assert verbs == {"build", "tune", "status", "why", "invalidate", "rollback", "lock", "check"}
+    for command, said in commands:
+        done = workspace.doit(*shlex.split(command)[1:], COLUMNS="200")
+        told = lines(said)
+        found = lines(f"{done.out}\n{done.err}\n{f'[exit code {done.code}]' if done.code else ''}")
+        if _REST in told:
+            told.remove(_REST)
+            found = [line for line in found if line in told]
+        assert found == told, f"{command}\n{done.out}\n{done.err}"
+
+
+def test_what_is_stale_by_default_is_what_the_document_says(tmp_path: Path) -> None:
+    told = next(each.text for each in blocks("operators.md") if "[stale]" in each.text)
+    path = tmp_path / "native.toml"
+    path.write_text(told)
+    assert load_target(path).stale == Stale()
+    shown = set(re.findall(r"^(?:# )?(\w+) = ", told.partition("[stale]")[2], re.MULTILINE))
+    assert shown == set(Stale.__struct_fields__)
+    policy = next(each.text for each in blocks("operators.md") if each.text.startswith("[policy]"))
+    assert set(re.findall(r"^(?:# )?(\w+) = ", policy, re.MULTILINE)) == set(Policy.__struct_fields__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from doit.task import Stream
 
 from pipeline.commands.arguments import OptionsAnywhere
 from pipeline.errors import TvmakeError
-from pipeline.workspace import Part, Selection, Workspace, jobs, selecting, the_workspace
+from pipeline.workspace import Part, Selection, Use, Workspace, selecting, the_workspace
 
 OK, FAILED, ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -39,6 +40,23 @@ opt_jobs = {
     "type": int,
     "default": 0,
     "help": "how many actions run at once [default: TVMAKE_JOBS, or the number of processors]",
+}
+opt_executor = {
+    "name": "executor",
+    "short": "",
+    "long": "executor",
+    "type": str,
+    "default": "",
+    "env_var": "TVMAKE_EXECUTOR",
+    "help": "what runs stages: local, dask-local:4, dask://host:8786, slurm:… [default: TVMAKE_EXECUTOR, or local]",
+}
+opt_locked = {
+    "name": "locked",
+    "short": "",
+    "long": "locked",
+    "type": bool,
+    "default": False,
+    "help": "build exactly what tuning.lock says, and fail where that cannot be",
 }
 opt_dump = {
     "name": "dump",
@@ -62,18 +80,25 @@ or for the models that are named here. Only what changed is compiled; the rest c
   doit build                         everything
   doit build squeezenet              one model, for all targets
   doit build -t native               all models, for one target
+  doit build --locked                exactly as tuning.lock says, or not at all
+  doit build --executor dask://host:8786
+                                     on the workers of a cluster; see: doit help cluster
   doit build --dump ir               also write the IR after each stage into ir/
+
+Where there is a tuning.lock (see: doit help lock), it is followed; what cannot be is chosen anew,
+with a warning. --locked makes that an error.
 
 Exit code: 0 built or nothing to do, 1 some model failed (the others are built), 2 the workspace or
 the machine is at fault, 130 interrupted. What was done is kept in every case.
 """
-    cmd_options: tuple[dict[str, Any], ...] = (opt_target, opt_jobs, opt_dump)
+    cmd_options: tuple[dict[str, Any], ...] = (opt_target, opt_jobs, opt_executor, opt_locked, opt_dump)
     name = "build"
     dep_manager: Any
 
     def execute(self, params: Any, args: list[str]) -> int:
         models = frozenset(args) or None
-        self._selection = Selection(Part.FRONT, models, frozenset(params["targets"]) or None)
+        use = Use.REQUIRE if params["locked"] else Use.FOLLOW
+        self._selection = Selection(Part.FRONT, models, frozenset(params["targets"]) or None, use, params["executor"])
         return self._executed(params)
 
     def _executed(self, params: Any) -> int:
@@ -116,7 +141,7 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
     def _build(self, session: Session) -> None:
         """The two rounds: operators are known only after extraction."""
         session.run(self.task_list)
-        with selecting(Selection(Part.BACK, self._selection.models, self._selection.targets)):
+        with selecting(replace(self._selection, part=Part.BACK)):
             back = self.loader.load_tasks(cmd=self, pos_args=[])
         session.run(back)
 
@@ -150,7 +175,8 @@ class Session:
         self.failures: list[str] = []
         self.begun: set[str] = set()  # names of the tasks that there were
         self.code = OK
-        self._jobs = wanted or jobs()
+        self._wanted = wanted
+        self._told: set[str] = set()
 
     def run(self, tasks: list[Any]) -> None:
         """Runs tasks. One that fails stops only what depends on it; `code` says the worst that happened."""
@@ -161,11 +187,13 @@ class Session:
         if (remote := self.workspace.build.memoizer.remote) is not None:
             remote.say = lambda sentence: self.progress.say(f"WARNING {sentence}")
             remote.tell = self.progress.tell
-        self.workspace.build.memoizer.workers.limit = self._jobs
+        executor = self.workspace.build.memoizer.workers
+        executor.limit = self._wanted or executor.limit
+        executor.say = lambda sentence: self.progress.say(f"WARNING {sentence}")
         control = TaskControl([*ours, *(task for task in tasks if task.has_subtask)])
         control.process([task.name for task in ours])
         runner = MThreadRunner(
-            self.command.dep_manager, _Reporter(self), True, False, Stream(0), num_process=self._jobs
+            self.command.dep_manager, _Reporter(self), True, False, Stream(0), num_process=executor.limit
         )
         self.begun.update(task.name for task in ours)
         self.progress.start(len(ours))
@@ -175,6 +203,12 @@ class Session:
             self.progress.stop()
             runner.teardown()
             self.command.save()
+
+    def is_known(self, message: str) -> bool:
+        """Whether a failure is that of all tasks after what ran them was lost, and was told once."""
+        known = message in self._told and self.workspace.build.memoizer.workers.stopped
+        self._told.add(message)
+        return known
 
     def send(self) -> None:
         """Waits until what was made is on the remote, where there is one."""
@@ -191,8 +225,9 @@ class Session:
         built = [pair for pair in pairs if build is not None and build.is_published(*pair)]
         if build is None or not built:
             return
+        from pipeline.manifests import read_manifest
         from pipeline.report import report, table
-        from pipeline.runtime import read_manifest
+        from pipeline.upgrade import upgrade
 
         made = [report(read_manifest(self.workspace.artifact(*pair)), build.profile(*pair)) for pair in built]
         if len(made) == 1:
@@ -200,6 +235,8 @@ class Session:
         for target in dict.fromkeys(target for target, _ in built):
             for problem in build.problems(target, [m for t, m in built if t == target]):
                 self.progress.say(f"WARNING {target}: {problem}")
+            for line in upgrade(build, target, [m for t, m in built if t == target]).lines():
+                self.progress.say(line)
         for each in made:
             self.progress.say(each.line())
 
@@ -277,7 +314,8 @@ class _Reporter:
         if fail.get_name() != "UnmetDependency":
             self._session.failures.append(task.name)
             self._session.code = max(self._session.code, FAILED if fail.get_name() == "TaskFailed" else ERROR)
-            self._session.progress.say(f"FAILED {task.name}: {fail.message}")
+            if not self._session.is_known(fail.message):
+                self._session.progress.say(f"FAILED {task.name}: {fail.message}")
 
     def add_success(self, task: Any) -> None:
         self._session.progress.task_done()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pipeline.amounts import span_of
 from pipeline.commands.build import FAILED, INTERRUPTED, OK, Build, Session, counted, opt_jobs, opt_target
 from pipeline.errors import ConfigError, TvmakeError
 from pipeline.workspace import Part, Selection, Workspace, the_workspace
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 
 NOTHING_MEASURED, VALIDATION_FAILED = 3, 4
 
-_UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-
 
 _CODES = {
     "done": OK,
     "stopped": INTERRUPTED,
     "nothing measured": NOTHING_MEASURED,
+    "no post left": NOTHING_MEASURED,
     "validation failed": VALIDATION_FAILED,
     "broken": FAILED,
 }
@@ -147,10 +146,14 @@ def _seconds(budget: str) -> float | None:
     """ "90s", "30m", "8h", "1.5h" → seconds; a bare number is minutes. None where none is given."""
     if not budget:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)?", budget.strip())
-    if found is None or float(found[1]) <= 0:
+    text = budget.strip()
+    try:
+        seconds = span_of(f"{text} m" if text.replace(".", "", 1).isdigit() else text)
+    except ConfigError:
+        seconds = 0.0
+    if seconds <= 0:
         raise ConfigError(f"--budget is {budget!r}", hint="give a time such as 90s, 30m, 8h or 1.5h")
-    return float(found[1]) * _UNITS[found[2] or "m"]
+    return seconds
 
 
 @contextlib.contextmanager
@@ -185,25 +188,28 @@ def _run(
 
     for each in left:
         print(f"left as they are: {_some(each.labels)}: {each.reason}", file=sys.stderr)
-    ledger = Ledger(workspace.store, terms.noise)
+    aside = workspace.store.counts.torn  # what was found torn when the operators were looked through
+    ledger = Ledger.here(workspace.store, terms.noise)
     scheduler = Scheduler(operators, ledger.standing, terms)
     if not scheduler.plan().seconds:
-        _say_unread(ledger, operators)
+        _say_unread(ledger, operators, aside)
         print(face.nothing_to_do(scheduler), file=sys.stderr)
         return OK
     watcher = face.watcher(sys.stderr, events)
     with _stopping(local.night(workspace, operators, terms, jobs, watcher)) as night:
         ended = night.run()
     sharing.remember_tuning(workspace.store, ended.trials, ended.elapsed)
+    local.sum_up(workspace, operators)
     if workspace.lanes is not None:
         workspace.lanes.publish()
-    _say_unread(ledger, operators)
+    _say_unread(ledger, operators, aside)
     return _CODES[ended.end]
 
 
-def _say_unread(ledger: Ledger, operators: Sequence[Operator]) -> None:
-    """How many records count for nothing, where there are any."""
+def _say_unread(ledger: Ledger, operators: Sequence[Operator], aside: int) -> None:
+    """How many records count for nothing, where there are any. `aside` were set aside before the ledger looked."""
     unread, newer = (sum(ask(each.key) for each in operators) for ask in (ledger.unread, ledger.newer))
+    unread += aside
     if unread:
         told = f" ({newer} of a newer version of tvmake)" if newer else ""
         print(f"{counted(unread, 'tuning record')} could not be read{told}; set aside", file=sys.stderr)

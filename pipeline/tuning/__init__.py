@@ -5,6 +5,8 @@
     operators  which operators of built models there is anything to gain for
     scheduler  which operator the next batch of trials is for, and which have ended
     night      the loop: propose, build, measure, retest, write down; stopped at any time, it loses a batch at most
+    batch      one batch and its course at a post; posts: where it is measured; calls: how that is waited for;
+               account: what is counted and told of it
     events     what happens in it, and who is told
     engine     how candidates are proposed, built and measured on this machine
     local      nights of a workspace on this machine

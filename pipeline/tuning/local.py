@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.composition import names
 from pipeline.config import TargetFile, load_target
 from pipeline.errors import TvmakeError
-from pipeline.runtime import read_manifest
+from pipeline.manifests import read_manifest
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.operators import Left, Model, chosen
 from pipeline.tuning.scheduler import Operator, Scheduler, Terms
@@ -32,7 +32,7 @@ def operators(
         file = _file(workspace, each.target)
         place = (each.model.name, workspace.folder, each.target)
         models.append(Model(*place, manifest.target_spec, file, each.plan, manifest, each.profile))
-    return chosen(models, patterns)
+    return chosen(models, patterns, workspace.store)
 
 
 def terms(
@@ -52,7 +52,7 @@ def terms(
 
 def scheduler(workspace: Workspace, operators: Sequence[Operator], terms: Terms) -> Scheduler:
     """What a night begun now would do. Needs no TVM."""
-    return Scheduler(operators, Ledger(workspace.store, terms.noise).standing, terms)
+    return Scheduler(operators, Ledger.here(workspace.store, terms.noise).standing, terms)
 
 
 def night(workspace: Workspace, operators: Sequence[Operator], terms: Terms, jobs: int, watcher: Watcher) -> Night:
@@ -61,8 +61,20 @@ def night(workspace: Workspace, operators: Sequence[Operator], terms: Terms, job
     from pipeline.tuning.night import Night
 
     engine = LocalEngine(workspace.build, jobs)
-    ledger = Ledger(workspace.store, terms.noise, shared=workspace.lanes)
+    ledger = Ledger.here(workspace.store, terms.noise, workspace.lanes)
     return Night(operators, engine, ledger, terms, watcher, secrets.token_hex(8))
+
+
+def sum_up(workspace: Workspace, operators: Sequence[Operator]) -> None:
+    """Writes down what the records of operators come to now: whoever lists them next need not open them."""
+    from pipeline.tuning.summaries import Summaries
+
+    for target in {each.target for each in operators}:
+        known = Summaries.here(workspace.store, _file(workspace, target).measure.noise)
+        for each in operators:
+            if each.target == target:
+                known.of(each.key)
+        known.save()
 
 
 def tune_one(
