@@ -204,6 +204,7 @@ STAYS_OUT: dict[str, list[Any]] = {
     "subject": ["another name", ""],
     "timeout": [11.0],
     "places": [{"path": "elsewhere"}],
+    "needs": [("llvm-znver5",)],
 }
 STAGE_ENTERS = {"name": ["other"], "version": [2], "kind": [Kind.DECISION], "tools": [(), ("cc",), ("tvm", "cc")]}
 STAGE_STAYS_OUT: dict[str, list[Any]] = {"home": [Home.FRESH, Home.INLINE], "alone": [True], "makes": [("object",)]}
