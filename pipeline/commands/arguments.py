@@ -17,6 +17,7 @@ opt_target = {
     "default": [],
     "help": "for this target only; may be given several times",
 }
+opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "print JSON instead"}
 
 
 class OptionsAnywhere(Command):

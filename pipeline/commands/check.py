@@ -10,7 +10,7 @@ import msgspec
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere, opt_target
+from pipeline.commands.arguments import OptionsAnywhere, opt_json, opt_target
 from pipeline.errors import ConfigError, TvmakeError
 from pipeline.workspace import Selection, selecting, the_workspace
 
@@ -24,7 +24,6 @@ OK, BROKEN, ERROR, NOT_BUILT = 0, 1, 2, 3
 
 _SHOWN = 5  # operators that are named for one rule; JSON has all
 
-opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "print JSON instead"}
 opt_markdown = {
     "name": "markdown",
     "short": "",

@@ -9,14 +9,12 @@ import msgspec
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere, opt_target
+from pipeline.commands.arguments import OptionsAnywhere, opt_json, opt_target
 from pipeline.errors import TvmakeError
 from pipeline.types import Profile
 from pipeline.workspace import Selection, selecting, the_workspace
 
 OK, NOTHING, ERROR = 0, 1, 2
-
-opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "print JSON instead"}
 
 
 class Report(OptionsAnywhere, DoitCmdBase):

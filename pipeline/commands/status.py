@@ -12,7 +12,7 @@ import msgspec
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere, opt_target
+from pipeline.commands.arguments import OptionsAnywhere, opt_json, opt_target
 from pipeline.errors import ConfigError, TvmakeError
 from pipeline.workspace import Selection, Workspace, selecting, the_workspace
 
@@ -26,7 +26,6 @@ _FEW = 12  # characters of shapes that are better than none
 _AROUND = 6  # lines of a model that are no operator: head, sum, its line
 _FEWEST = 3  # operators of a model that are shown whatever the height
 
-opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "print JSON instead"}
 opt_all = {"name": "all", "short": "a", "long": "all", "type": bool, "default": False, "help": "show every operator"}
 
 

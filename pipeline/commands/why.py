@@ -9,7 +9,7 @@ import msgspec
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere, opt_target
+from pipeline.commands.arguments import OptionsAnywhere, opt_json, opt_target
 from pipeline.errors import ArtifactError, ConfigError, TvmakeError
 from pipeline.workspace import Selection, Workspace, selecting, the_workspace
 
@@ -36,7 +36,6 @@ opt_builds = {
     "default": 1,
     "help": "how many of the last builds are told of [default: %(default)s]",
 }
-opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "print JSON instead"}
 
 
 class Why(OptionsAnywhere, DoitCmdBase):
