@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,22 @@ _SUMMARY = re.compile(
 )
 _IDLE = re.compile(r"\d+ artifacts? up to date, nothing to do")
 _FAILED = re.compile(r"^FAILED (\S+): (.*(?:\n {2,}.*)*)$", re.MULTILINE)
+
+
+_ENVIRONMENT = dict(os.environ)
+_THREADS = re.compile(r"(TVM|OMP|OPENBLAS)_NUM_THREADS|GOMP_\w+")
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """To open an artifact says for the whole process how many threads it has, and so makes another device of this
+    machine: that is for no other test, also where a fixture of a module opened it."""
+    yield
+    for name in filter(_THREADS.fullmatch, os.environ.keys() | _ENVIRONMENT.keys()):
+        if name in _ENVIRONMENT:
+            os.environ[name] = _ENVIRONMENT[name]
+        else:
+            os.environ.pop(name, None)
 
 
 @dataclass(frozen=True)

@@ -203,13 +203,15 @@ _DIFFERS = (
     (r"[\s─]+", " "),
 )
 _GOING_ON = re.compile(r"\[\d+/\d+\]|read |extracted |compiled |packed |linked |checked |timed ")
+# How many candidates were near enough to be timed again does so too, and with it what is applied anew.
+_WHENCE = re.compile(r"^ +apply .*\n|^ +comes from(.*\n)+?(?= +history)", re.MULTILINE)
 _REST = "…"
 
 
 def lines(text: str) -> list[str]:
     """What is said, without what differs from run to run, in no order: two streams have none."""
     found = []
-    for line in text.splitlines():
+    for line in _WHENCE.sub("", text).splitlines():
         for pattern, word in _DIFFERS:
             line = re.sub(pattern, word, line)
         if line.strip() and not _GOING_ON.match(line):
@@ -226,6 +228,8 @@ def session() -> list[tuple[str, str]]:
     ]
 
 
+# One candidate is far ahead of the others, so that the same wins each time, whatever else the machine does.
+TILES = ((16, 1), (2, 1), (2, 2), (2, 4))
 OPERATORS = {"gate": ("Relu", "Sigmoid"), "head": ("Tanh",), "mixer": ("Relu", "Tanh", "Sigmoid")}
 
 
@@ -233,7 +237,7 @@ def test_the_life_of_an_operator_is_as_the_document_tells(workspace: WorkspaceFo
     for name, activations in OPERATORS.items():
         workspace.onnx(f"{name}.onnx", test_tune.products(*activations))
     workspace.dodo("\n".join(f'Model.onnx("{name}", "{name}.onnx"),' for name in OPERATORS))
-    workspace.write("spaces/lanes.py", test_tune.lanes())
+    workspace.write("spaces/lanes.py", test_tune.lanes([[*tile] for tile in TILES]))
     policy = next(each.text for each in blocks("operators.md") if each.text.startswith("[policy]"))
     workspace.write(
         "targets/native.toml", test_tune.target("lanes").replace("profile = false", "profile = true") + policy

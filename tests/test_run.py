@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,6 @@ from pipeline import run
 from pipeline.samples import seeded_inputs
 
 ROOT = Path(run.__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """To run an artifact sets how many threads its process has: that is for no other test."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
