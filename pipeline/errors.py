@@ -82,6 +82,10 @@ class ExecutorError(TvmakeError):
     """What was to run stages elsewhere is not there, or cannot. Nothing is wrong with what it was to run."""
 
 
+class WorkerLostError(ExecutorError):
+    """The worker that alone was to run an action is gone. Nothing is known of the action, nothing is wrong with it."""
+
+
 class WorkerDiedError(StageError):
     """The process that ran a stage died: a signal, memory, or a crash of the compiler. `timed_out` where it was stopped
     because it took too long."""

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 class Action:
     """One stage on given inputs. `subject` is what a person calls it, and `places` say where this machine has what the
     stage reads outside of the store: neither enters the key. `needs` are labels that a worker elsewhere must have to
-    run it, `llvm-znver5` say: see pipeline.executors.placing."""
+    run it, `llvm-znver5` say: see pipeline.executors.placing. `post` is who must run it, where that matters: one of
+    those that `Executor.posts` names."""
 
     stage: Stage
     subject: str
@@ -43,6 +44,7 @@ class Action:
     timeout: float = 1800.0  # seconds; what takes longer is stopped. Not in the key either
     places: Mapping[str, object] = field(default_factory=dict)  # the stage sees them as options
     needs: tuple[str, ...] = ()
+    post: str = ""
 
     def components(self, toolchain: Toolchain) -> dict[str, object]:
         """Everything that can change the result, by name."""

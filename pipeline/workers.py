@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pipeline.errors import SetupError, StageError, WorkerDiedError
+from pipeline.executors.contract import HERE
 from pipeline.stages import Home
 from pipeline.store import ActionEntry
 
@@ -97,7 +98,7 @@ class Workers:
         return True
 
     def posts(self, device: str) -> tuple[str, ...]:
-        return ("this machine",)
+        return (HERE,)
 
     def beside(self, job: Job) -> Workers:
         return Workers(job.store.root, job.jobs, job.temporary, durable=job.durable)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.amounts import span_of
-from pipeline.commands.build import FAILED, INTERRUPTED, OK, Build, Session, counted, opt_jobs, opt_target
+from pipeline.commands.build import FAILED, INTERRUPTED, OK, Build, Session, counted, opt_executor, opt_jobs, opt_target
 from pipeline.errors import ConfigError, TvmakeError
 from pipeline.workspace import Part, Selection, Workspace, the_workspace
 from pipeline.workspace import jobs as usual_jobs
@@ -61,6 +61,8 @@ Searches for faster functions for the operators of all models and targets, or fo
   doit tune --plan                   what would be tuned, what is there, how long it will take
   doit tune 'conv2d*' --trials 64    some operators, few candidates each
   doit tune -m squeezenet --top 5    the five operators of one model that take longest
+  doit tune --executor dask://host:8786
+                                     on the workers of a cluster; see: doit help cluster
   doit build                         uses what was found: recompiles only operators whose best changed
 
 Every finished batch is kept: it may be stopped at any time (Ctrl-C ends after the running batch,
@@ -72,18 +74,19 @@ at fault, 3 nothing could be measured, 4 all candidates of some operator were wr
 """
     cmd_options: tuple[dict[str, Any], ...] = (
         *(opt_target, opt_models, opt_budget, opt_trials, opt_top),
-        *(opt_plan, opt_events, opt_jobs),
+        *(opt_plan, opt_events, opt_jobs, opt_executor),
     )
     name = "tune"
 
     def execute(self, params: Any, args: list[str]) -> int:
         self._patterns = args
         models = frozenset(params["models"]) or None
-        self._selection = Selection(Part.FRONT, models, frozenset(params["targets"]) or None)
+        targets = frozenset(params["targets"]) or None
+        self._selection = Selection(Part.FRONT, models, targets, executor=params["executor"])
         return self._executed(params)
 
     def _execute(  # type: ignore[override]
-        self, budget: str, trials: int, top: int, plan: bool, events: str, jobs: int
+        self, budget: str, trials: int, top: int, plan: bool, events: str, jobs: int, executor: str
     ) -> int:
         from pipeline.tuning import local
 

@@ -55,6 +55,7 @@ class Job:
     jobs       how many processes of this machine
     url        of the remote, as it is told to workers
     temporary  where stages make their temporary files; None: where this process does
+    durable    whether the store outlives a power failure; one that does not is for one run of this driver alone
     """
 
     store: Store

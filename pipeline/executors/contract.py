@@ -8,7 +8,7 @@
 
 `perform` raises what the stage raised, under its own name. WorkerDiedError: the process that ran the stage died, or
 ran past the action's time limit. ExecutorError: what was to run it is not there or cannot; nothing is wrong with the
-action.
+action. WorkerLostError: so it is with the one post that was to run it, and others may be there.
 
 Every method may be called from any thread. The same action may be asked for by many at once: it is then run once or
 several times, with the same result. tests/executors runs one suite over every executor.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.store import ActionEntry
 
 Say = Callable[[str], None]
+HERE = "this machine"  # the post of an executor that has no other
 
 
 class Executor(Protocol):
@@ -40,7 +41,8 @@ class Executor(Protocol):
         ...
 
     def posts(self, device: str) -> tuple[str, ...]:
-        """The names of those that can time what is for a device, each without disturbing the others; at least one."""
+        """The names of those that can time what is for a device, each without disturbing the others: `Action.post` is
+        one of them. None where there were some and they are gone for good. Cheap: it may be asked all the time."""
         ...
 
     def beside(self, job: Job) -> Executor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from pipeline.errors import ExecutorError
@@ -41,14 +41,19 @@ class Crew:
         self._all: dict[str, Worker] = {}
         self._labels: set[str] = set()  # that were ever there
         self._refused: set[str] = set()
+        self._useful: dict[str, Worker] = {}  # of all, those that are like the driver
+        self._fit: dict[Hashable, list[str]] = {}  # what was found out of those, by what is asked of them
         self._ends = threading.Event()
 
     def look(self) -> None:
         """Asks the scheduler. Raises OSError or TimeoutError where it does not answer."""
         told = self._client.sync(self._client.scheduler.identity, n_workers=-1, callback_timeout=_SILENCE)
         found = {address: worker_of(address, each) for address, each in told["workers"].items()}
+        useful = {address: each for address, each in found.items() if not unlike(each, self._base)}
         with self._changed:
-            self._all = found
+            if useful != self._useful:
+                self._fit = {}
+            self._all, self._useful = found, useful
             self._labels.update(label for worker in found.values() for label in worker.labels)
             self._changed.notify_all()
 
@@ -64,12 +69,13 @@ class Crew:
     @property
     def workers(self) -> dict[str, Worker]:
         """By address, those that can be of use at all."""
-        return {address: each for address, each in self._all.items() if not unlike(each, self._base)}
+        return self._useful
 
     @property
     def strangers(self) -> dict[str, str]:
         """By name, those that cannot: why."""
-        return {each.name: why for each in self._all.values() if (why := unlike(each, self._base))}
+        strange = (each for address, each in self._all.items() if address not in self._useful)
+        return {each.name: unlike(each, self._base) for each in strange}
 
     @property
     def threads(self) -> int:
@@ -77,8 +83,24 @@ class Crew:
 
     def fit(self, asked: Needs) -> list[str]:
         """The addresses of those that can run what asks for this."""
-        workers = self.workers.items()
-        return [a for a, each in workers if not unfit(each, asked) and a not in self._refused]
+        wanted = (*sorted(asked.identities.items()), asked.device, asked.labels)
+        return self._found(wanted, lambda a, each: not unfit(each, asked) and a not in self._refused)
+
+    def names(self, device: str) -> tuple[str, ...]:
+        """The names of those that are this device."""
+        there = self._found(("device", device), lambda _, each: each.device == device)
+        return tuple(sorted({each.name for a in there if (each := self._useful.get(a)) is not None}))
+
+    def named(self, name: str) -> list[str]:
+        """The addresses of those of a name: several where more than one was started on a machine."""
+        return self._found(("name", name), lambda _, each: each.name == name)
+
+    def _found(self, question: Hashable, answer: Callable[[str, Worker], bool]) -> list[str]:
+        """The addresses of those of which something holds. Asked for each action, of a thousand workers."""
+        with self._changed:
+            if question not in self._fit:
+                self._fit[question] = [a for a, each in self._useful.items() if answer(a, each)]
+            return self._fit[question]
 
     def is_all(self, addresses: list[str]) -> bool:
         return len(addresses) == len(self._all)
@@ -102,6 +124,7 @@ class Crew:
         """Gives nothing to a worker again that says itself that it is not what it said before."""
         with self._changed:
             self._refused.add(address)
+            self._fit = {}
 
     def await_(self, there: Callable[[], object], seconds: float) -> bool:
         """Waits until something holds of who is there; whether it does."""

@@ -1,7 +1,8 @@
 """The driver's side of a cluster of dask's: an action becomes a task whose key is the action's.
 
-    place    on this machine what reads the user's files or functions; elsewhere on a worker that fits
-    carry    the inputs to the remote, unless workers have this store's folder
+    place    on this machine what reads the user's files or functions; elsewhere on a worker that fits, or on the one
+             that is named
+    carry    the inputs to the remote, or within the order, unless workers have this store's folder
     submit   under "tvmake-<key>": the scheduler knows it by that, so that who asks for the same waits for the same
     take     the answer, and its blobs into the store
 
@@ -13,14 +14,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pickle
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ExecutorError, SetupError, StageError, StoreError, WorkerDiedError
-from pipeline.executors.carrying import Carrier, require_remote
+from pipeline.errors import ExecutorError, SetupError, StageError, StoreError, WorkerDiedError, WorkerLostError
+from pipeline.executors.carrying import Carrier, Carries, Passer, require_remote
+from pipeline.executors.contract import HERE
 from pipeline.executors.crew import Crew
 from pipeline.executors.extra import ALLOWED_FAILURES
 from pipeline.executors.orders import Answer, Order, Way
@@ -72,6 +75,7 @@ class DaskExecutor:
         self._waiting: set[threading.Event] = set()
         self._futures: set[Any] = set()
         self._told: set[str] = set()
+        self._posts: dict[str, tuple[float, tuple[str, ...]]] = {}  # by device: when any was last there, and which
         self._corrupt = 0
         self._stopped = False
         self._lost: ExecutorError | None = None
@@ -97,7 +101,7 @@ class DaskExecutor:
             if not places:
                 return self._here.perform(action, key, components)
             if self._carrier is not None:
-                self._carrier.send(action.inputs.values())
+                order = replace(order, blobs=tuple(self._carrier.send(action.inputs.values())))
             answer = self._answered(order, asked, places)
             if answer is not None and answer.result is not None:
                 return self._taken(order, answer)
@@ -108,14 +112,26 @@ class DaskExecutor:
         )
 
     def runs_here(self, action: Action) -> bool:
-        return self._cluster.is_here or self._belongs_here(action) or not self._crew.fit(needs(action, self._own))
+        if self._cluster.is_here or self._belongs_here(action):
+            return True
+        return not action.post and not self._crew.fit(needs(action, self._own))
 
     def posts(self, device: str) -> tuple[str, ...]:
-        alike = [each.name for each in self._crew.workers.values() if each.device == device]
-        return ("this machine",) if self._cluster.is_here or not alike else tuple(sorted(alike))
+        """See the contract. A post that went is listed for as long as whoever watches over it may bring it back."""
+        if self._cluster.is_here:
+            return (HERE,)
+        there, now = () if self.stopped else self._crew.names(device), time.monotonic()
+        if there:
+            self._posts[device] = now, there
+            return there
+        if device not in self._posts:
+            return (HERE,)
+        seen, names = self._posts[device]
+        return names if now - seen < _GRACE and not self.stopped else ()
 
     def beside(self, job: Job) -> DaskExecutor:
-        return DaskExecutor(job, replace(self._cluster, close=_leave_open))
+        means = replace(job, remote=job.remote or self._job.remote, url=job.url or self._job.url)
+        return DaskExecutor(means, replace(self._cluster, close=_leave_open))
 
     @property
     def stopped(self) -> bool:
@@ -144,10 +160,12 @@ class DaskExecutor:
 
     def _belongs_here(self, action: Action) -> bool:
         """Whether an action reads what only this machine has: a user's function, or files outside of the store."""
-        return action.stage.kind is Kind.SOURCE or bool(action.places)
+        return action.stage.kind is Kind.SOURCE or bool(action.places) or action.post == HERE
 
     def _placed(self, action: Action, asked: Needs) -> list[str]:
         """The workers that may run an action; none where it is to be run here."""
+        if action.post and not self._cluster.is_here:
+            return self._posted(action, asked)
         if not self._crew.workers and not self._crew.await_(lambda: self._crew.workers or self.stopped, _GRACE):
             self._lose(ExecutorError(f"all workers of {self._cluster.name} are gone", hint=self._how_to_start()))
         self._require_running(action)
@@ -164,6 +182,16 @@ class DaskExecutor:
             f"there; workers of {self._cluster.name}: {self._crew.listed()}",
             hint=self._how_to_start("".join(f" --label {label}" for label in asked.labels)),
         )
+
+    def _posted(self, action: Action, asked: Needs) -> list[str]:
+        """The one worker that is to run an action. Where it is the last post of its device, it may come back."""
+        if not self._crew.names(asked.device):
+            self._crew.await_(lambda: self._crew.named(action.post) or self.stopped, _GRACE)
+        self._require_running(action)
+        fit = self._crew.fit(asked)
+        if there := [address for address in self._crew.named(action.post) if address in fit]:
+            return there
+        raise WorkerLostError(f"worker {action.post} is gone", hint="see who is there: doit cluster status")
 
     def _how_to_start(self, options: str = "") -> str:
         return f"start one: doit cluster worker {self._cluster.client.scheduler.address}{options}"
@@ -192,7 +220,7 @@ class DaskExecutor:
     def _answered(self, order: Order, asked: Needs, places: list[str]) -> Answer | None:
         """What a worker answered; None where it has to be asked again."""
         done = threading.Event()
-        restricted = [] if self._crew.is_all(places) else places
+        restricted = [] if self._crew.is_all(places) and not order.action.post else places
         with self._changed:
             self._waiting.add(done)
         future = None
@@ -224,7 +252,12 @@ class DaskExecutor:
         wanted = dict.fromkeys((*asked.labels, *asked.slots), 1) or None
         try:
             future = self._cluster.client.submit(
-                perform, order.packed(), key=_task_of(order), workers=restricted or None, resources=wanted
+                perform,
+                order.packed(),
+                key=_task_of(order),
+                workers=restricted or None,
+                resources=wanted,
+                priority=int(order.action.stage.alone),  # what a machine is kept quiet for does not wait for the rest
             )
         except (TypeError, AttributeError, pickle.PicklingError):
             raise  # what cannot be sent: the action's fault
@@ -244,9 +277,11 @@ class DaskExecutor:
             self._require_running(order.action)
             if self._crew.has_any(restricted):
                 seen = time.monotonic()
-            elif time.monotonic() - seen > _GRACE or self._crew.fit(asked):
+            elif time.monotonic() - seen > _GRACE or self._crew.fit(asked) or order.action.post:
                 # None of those that may run it is left: they are gone for good, or came back as others.
                 future.cancel()
+                if order.action.post:
+                    raise WorkerLostError(f"worker {order.action.post} went while it worked")
                 return None
         self._require_running(order.action)
         if future.status == "error":
@@ -288,7 +323,7 @@ class DaskExecutor:
             assert answer.result is not None
             raise self._placed_error(answer.result, answer.worker)
         if self._carrier is not None:
-            self._carrier.fetch(answer.result)
+            self._carrier.fetch(answer.result, answer.blobs)
             self._job.store.commit(order.key, answer.result)
         return answer.result
 
@@ -329,19 +364,22 @@ class DaskExecutor:
         self.say(sentence)
 
 
-def _way(job: Job, cluster: Cluster) -> tuple[Way, Carrier | None]:
+def _way(job: Job, cluster: Cluster) -> tuple[Way, Carries | None]:
     """How blobs get to the workers of a cluster, and who carries them where they must be carried."""
     temporary = str(job.temporary or "")
     if cluster.is_here:
         return Way(str(job.store.root), durable=job.durable, temporary=temporary), None
-    return Way(remote=job.url), Carrier(job.store, require_remote(job.remote, cluster.name))
+    carrier = Carrier(job.store, require_remote(job.remote, cluster.name))
+    if job.durable:
+        return Way(remote=job.url), carrier
+    return Way(remote=job.url, run=secrets.token_hex(8), durable=False), Passer(job.store, carrier)
 
 
 def _task_of(order: Order) -> str:
     """What the scheduler knows an order by. What lies in a store that will be thrown away is nobody else's."""
-    if order.way.folder and not order.way.durable:
-        return f"tvmake-{order.key}-{hashlib.sha256(order.way.folder.encode()).hexdigest()[:8]}"
-    return f"tvmake-{order.key}"
+    if order.way.durable:
+        return f"tvmake-{order.key}"
+    return f"tvmake-{order.key}-{order.way.run or hashlib.sha256(order.way.folder.encode()).hexdigest()[:8]}"
 
 
 def _leave_open() -> None:

@@ -24,25 +24,29 @@ if TYPE_CHECKING:
 class Way:
     """How blobs reach a worker and its results come back: a store that both have as a folder, or a remote.
 
+    run        not "" where all that is made is wanted in one run of one driver only: it travels within orders and
+               answers, and lies in a store that the worker throws away. What is large comes through the remote
     durable    whether what lies in that store outlives a power failure
     temporary  where stages make their temporary files; "": where the worker does
     """
 
     folder: str = ""
     remote: str = ""
+    run: str = ""
     durable: bool = True
     temporary: str = ""
 
 
 @dataclass(frozen=True)
 class Order:
-    """`wanted`: identities of the driver's tools that must be the worker's."""
+    """`wanted`: identities of the driver's tools that must be the worker's. `blobs`: inputs that travel along."""
 
     action: Action
     key: str
     components: dict[str, object]
     way: Way
     wanted: dict[str, str]
+    blobs: tuple[bytes, ...] = ()
 
     def packed(self) -> bytes:
         return pickle.dumps(self)
@@ -51,13 +55,14 @@ class Order:
 @dataclass(frozen=True)
 class Answer:
     """`result` is None where the worker did not do it: it must not (`unfit` says why), or it `lacks` inputs (their
-    hashes), or it was told to drop it. `worker` is its address."""
+    hashes), or it was told to drop it. `worker` is its address. `blobs`: outputs that travel along."""
 
     result: ActionEntry | Exception | None
     corrupt: int = 0
     unfit: str = ""
     lacks: tuple[str, ...] = ()
     worker: str = ""
+    blobs: tuple[bytes, ...] = ()
 
     def packed(self, order: Order) -> bytes:
         try:

@@ -6,6 +6,9 @@
     perform  in a process of this worker's own, which may die without it
     publish  to the remote, before the answer: what is finished outlives the driver and the scheduler
 
+What is made for one run of a driver is neither looked for nor published: blobs come with the order, go with the answer,
+and lie meanwhile in a store that this worker throws away.
+
 dask loads this module into each worker (`dask_setup`) and calls `perform`. An action that nobody wants any more is
 killed: dask alone would let it run to its end.
 """
@@ -19,9 +22,10 @@ import pickle
 import signal
 import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +36,7 @@ from pipeline.executors.placing import MEASURE, Needs, Worker, identities, label
 from pipeline.memoizer import Action, Floor, Memoizer, is_of
 from pipeline.processor import THREAD_VARIABLES, device
 from pipeline.store import ActionEntry, Store, default_root
+from pipeline.store.scratch import Scratch
 from pipeline.toolchain import Toolchain, detect
 from pipeline.workers import Workers
 
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
 LABELS = "TVMAKE_LABELS"  # words, in the environment of a worker
 NAME = "TVMAKE_WORKER_NAME"
 _WATCH = 0.25  # seconds
+_OLD = 3600.0  # seconds after which a blob of a run is no action's any more; it comes again where it is wanted
+_SILENT_RUN = 600.0  # seconds after which a run may be over, when another begins
 _WANTED = ("executing", "long-running")  # states of a task that somebody waits for
 
 
@@ -59,6 +66,11 @@ def post() -> Post:
     return Post()
 
 
+def _blobs(entry: ActionEntry, store: Store) -> tuple[bytes, ...]:
+    """The outputs of an action."""
+    return tuple(data for each in set(entry.outputs.values()) if (data := store.get(each)) is not None)
+
+
 def _wrong(order: Order, here: Worker) -> str:
     """Why this machine must not run an action, for all that it can tell itself."""
     asked = needs(order.action, order.wanted)
@@ -73,7 +85,8 @@ class Post:
         self._floor = Floor()
         self._idle: dict[Way, list[Workers]] = defaultdict(list)
         self._stores: dict[Way, Store] = {}
-        self._remotes: dict[str, RemoteCache] = {}
+        self._remotes: dict[Way, RemoteCache] = {}
+        self._runs: dict[str, _Run] = {}  # of drivers, whose blobs come and go with orders and answers
         self._busy: dict[str, tuple[Workers, Action]] = {}  # by dask's key
         self._dropped: set[str] = set()
         self._watches = False
@@ -106,8 +119,10 @@ class Post:
             return self._done(order, worker, task, store, remote)
 
     def _done(self, order: Order, worker: Any, task: str, store: Store, remote: RemoteCache | None) -> Answer:
+        for data in order.blobs:
+            store.put(data)
         if remote is not None:
-            if (entry := self._known(order, store, remote)) is not None:
+            if not order.way.run and (entry := self._known(order, store, remote)) is not None:
                 return Answer(entry)
             if not remote.blobs(order.action.inputs.values()):
                 return Answer(None, lacks=tuple(d.hash for d in order.action.inputs.values() if not store.has(d)))
@@ -124,9 +139,10 @@ class Post:
                 corrupt = process.corrupt
                 process.corrupt = 0
         self.done += 1
-        if remote is not None:
+        if remote is not None and not order.way.run:
             self._published(order, entry, remote)
-        return Answer(entry, corrupt + store.counts.corrupt + store.counts.torn - before)
+        corrupt += store.counts.corrupt + store.counts.torn - before
+        return Answer(entry, corrupt, blobs=_blobs(entry, store) if order.way.run else ())
 
     def _known(self, order: Order, store: Store, remote: RemoteCache) -> ActionEntry | None:
         """A result that somebody has made already, now on the remote."""
@@ -151,7 +167,8 @@ class Post:
         if order.way.folder:
             yield
         else:
-            with self._floor.alone(store) if order.action.stage.alone else self._floor.shared():
+            machine = self._store(Way()) if order.way.run else store  # others of this machine know of the same
+            with self._floor.alone(machine) if order.action.stage.alone else self._floor.shared():
                 yield
 
     @contextlib.contextmanager
@@ -174,7 +191,8 @@ class Post:
                     self._idle[way].append(process)
 
     def _made(self, way: Way) -> Workers:
-        return Workers(self._root(way), 1, durable=way.durable, temporary=_path(way.temporary))
+        temporary = self._runs[way.run].scratch.temporary if way.run else _path(way.temporary)
+        return Workers(self._root(way), 1, durable=way.durable, temporary=temporary)
 
     def _watch(self, worker: Any) -> None:
         """Kills what nobody waits for any more."""
@@ -189,10 +207,14 @@ class Post:
                     process.stop()
 
     def _root(self, way: Way) -> Path:
+        if way.run:
+            return self._runs[way.run].scratch.folder
         return _path(way.folder) or default_root()
 
     def _store(self, way: Way) -> Store:
         with self._changed:
+            if way.run:
+                self._note_run(way.run)
             if way not in self._stores:
                 self._stores[way] = Store(self._root(way), durable=way.durable)
             return self._stores[way]
@@ -206,10 +228,39 @@ class Post:
 
         store = self._store(way)
         with self._changed:
-            if way.remote not in self._remotes:
+            if way not in self._remotes:
                 settings = replace(load(None), url=way.remote, policy=Policy.READ_WRITE)
-                self._remotes[way.remote] = opened(store, settings)
-            return self._remotes[way.remote]
+                self._remotes[way] = opened(store, settings)
+            return self._remotes[way]
+
+    def _note_run(self, run: str) -> None:
+        """Has a folder for what a run of a driver passes along. What is old in it is thrown away, and so are runs of
+        which nothing was heard for long, with their processes."""
+        now = time.time()
+        if run not in self._runs:
+            for old in [name for name, each in self._runs.items() if now - each.heard > _SILENT_RUN]:
+                self._end_run(old)
+            self._runs[run] = _Run(Scratch())
+        noted = self._runs[run]
+        noted.heard = now
+        if now - noted.scratch.tidied > _OLD:
+            noted.scratch.remove_old((), _OLD)
+
+    def _end_run(self, run: str) -> None:
+        for way in {each for each in (*self._idle, *self._stores) if each.run == run}:
+            for process in self._idle.pop(way, []):
+                process.stop()
+            self._stores.pop(way, None)
+            self._remotes.pop(way, None)
+        self._runs.pop(run).scratch.close()
+
+
+@dataclass
+class _Run:
+    """What this worker has of a run of a driver."""
+
+    scratch: Scratch
+    heard: float = 0.0  # Unix time
 
 
 def _path(name: str) -> Path | None:

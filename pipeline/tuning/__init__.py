@@ -8,9 +8,8 @@
     batch      one batch and its course at a post; posts: where it is measured; calls: how that is waited for;
                account: what is counted and told of it
     events     what happens in it, and who is told
-    engine     how candidates are proposed, built and measured on this machine
-    local      nights of a workspace on this machine
-    scratch    a run's folder for what is not wanted again
+    engine     how candidates are proposed, built and measured, by whatever runs stages
+    local      nights of a workspace
     fakes      an engine that does none of that, for tests and simulations
     face       what one sees: a live table, plain lines, events
     standings  what is known of each operator; databases: records from and for MetaSchedule

@@ -1,5 +1,4 @@
-"""The engine of this machine: candidates are proposed and compiled in processes that may die, and run in children of
-another.
+"""The engine of a night: candidates are proposed and compiled by whatever runs stages, and measured at its posts.
 
     prepare   search → codegen of each candidate            several operators at once
     measure   one link of all, compared with the default's results, timed in turn with the baseline
@@ -8,7 +7,9 @@ another.
 
 Candidates are many and only few are ever wanted again, so all that is made of them lies in a store of its own, which
 ends with the run. What they are measured against (the default, the baseline, libraries) comes from the user's store:
-it is what a build has made.
+it is what a build has made. What runs stages is the build's executor (pipeline.executors), beside that other store:
+processes of this machine, which is then the one post; or a cluster's workers, and those of them that are the device
+that this machine is are posts.
 """
 
 from __future__ import annotations
@@ -31,12 +32,17 @@ from pipeline import stages
 from pipeline.compiler import search
 from pipeline.devices.contract import MeasuredOn
 from pipeline.dispatch import REFERENCE, Dispatcher, Linked, measuring
-from pipeline.errors import ConfigError, StageError, StoreError, WorkerDiedError, first_line
+from pipeline.errors import ConfigError, StageError, StoreError, WorkerDiedError, WorkerLostError, first_line
+from pipeline.executors import Job
+from pipeline.executors.contract import HERE
 from pipeline.hashing import Digest, key_of
 from pipeline.measuring import TOLERANCE
 from pipeline.memoizer import Action, Memoizer
+from pipeline.processor import device
 from pipeline.store import ActionEntry, Store
-from pipeline.tuning.night import Batch
+from pipeline.store.scratch import Scratch
+from pipeline.tuning.calls import post
+from pipeline.tuning.night import Batch, PostLostError
 from pipeline.tuning.records import (
     TOOLS,
     TRANSIENT,
@@ -51,7 +57,6 @@ from pipeline.tuning.records import (
     ratio,
 )
 from pipeline.tuning.scheduler import Operator
-from pipeline.tuning.scratch import Scratch
 from pipeline.types import Candidate, Cause, Packed, Terms, Trial, symbol_of
 
 if TYPE_CHECKING:
@@ -99,21 +104,23 @@ class _Ground:
     baseline: Linked
 
 
-class LocalEngine:
-    """Tunes on this machine, with at most `jobs` processes that compile: an Engine (see pipeline.tuning.night).
+class StageEngine:
+    """Tunes by stages, of which at most `jobs` run at once: an Engine (see pipeline.tuning.night). 0: as many as the
+    build's executor takes.
 
     Every method may be called from any thread.
     """
 
-    def __init__(self, build: Build, jobs: int) -> None:
+    def __init__(self, build: Build, jobs: int = 0) -> None:
         self._build = build
-        self.workers = jobs
-        self.posts, self.post_names = 1, ()  # this machine is one, and has no name
+        self._device = device()
         self._session = secrets.token_hex(8)  # other searches than any other run's
         self._clock = time.time() - time.monotonic()
         self._begun = time.time()
         self._scratch = Scratch()
-        self._memoizer = self._made_memoizer()
+        self._memoizer = self._made_memoizer(jobs)
+        self.workers = jobs or self._memoizer.workers.limit
+        self._compiling = ThreadPoolExecutor(self.workers, "compiling")
         self._grounds: dict[str, _Ground] = {}
         self._grounding = threading.Lock()
         self._taken: set[str] = set()  # blobs of the user's store that are in the scratch store
@@ -125,12 +132,22 @@ class LocalEngine:
         self._unlearnt: dict[tuple[str, str], list[TrialRecord]] = {}  # by operator and space
         self._preparing = 0
 
-    def _made_memoizer(self) -> Memoizer:
-        from pipeline.workers import Workers
-
+    def _made_memoizer(self, jobs: int) -> Memoizer:
+        """Runs stages by the means of the build, with results of its own."""
+        by, temporary = self._build.memoizer, self._scratch.temporary
         store = Store(self._scratch.folder, durable=False)
-        workers = Workers(store.root, self.workers, self._scratch.temporary, durable=False)
-        return Memoizer(store, workers, self._build.memoizer.toolchain)
+        job = Job(store, by.toolchain, jobs or by.workers.limit, temporary=temporary, durable=False, say=_log.warning)
+        return Memoizer(store, by.workers.beside(job), by.toolchain)
+
+    @property
+    def posts(self) -> int:
+        return len(self._memoizer.workers.posts(self._device))
+
+    @property
+    def post_names(self) -> Sequence[str]:
+        """None where this machine is the one post."""
+        there = self._memoizer.workers.posts(self._device)
+        return () if there == (HERE,) else there
 
     def now(self) -> float:
         """Unix time, as a clock that only goes forward."""
@@ -139,6 +156,7 @@ class LocalEngine:
     def close(self) -> None:
         """Ends the processes, whatever they are at, and throws away what was made of candidates."""
         self._memoizer.workers.stop()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         self._learner.shutdown(wait=True, cancel_futures=True)
         self._scratch.close()
 
@@ -385,8 +403,7 @@ class LocalEngine:
                 return self._not_built(prepared, error)
             return replace(prepared, objects=objects)
 
-        with ThreadPoolExecutor(self.workers) as threads:
-            yield from threads.map(compiled, proposed)
+        yield from self._compiling.map(compiled, proposed)
 
     def _not_built(self, prepared: Prepared, error: Exception) -> Prepared:
         """A candidate that there is no code of, and why. Raises the error where the night is being stopped."""
@@ -438,14 +455,22 @@ class LocalEngine:
         candidates = [Linked(each.candidate, each.symbol, {**together, **more}, shared, each.packed) for each in ready]
         target = self._build.target(operator.target)
         action = measuring(operator.workload, [ground.reference, ground.baseline, *candidates], terms, target)
-        # Builds and other tuners that share the user's store time nothing meanwhile on this machine.
-        is_here = target.measured_on is MeasuredOn.LOCAL
-        with self._build.memoizer.store.locked("measuring") if is_here else contextlib.nullcontext():
-            entry = self._memoizer.run(action)
+        is_local = target.measured_on is MeasuredOn.LOCAL
+        entry = self._timed(replace(action, post=post())) if is_local else self._memoizer.run(action)
         if "lost" in entry.outputs:
             said = self._memoizer.blob(entry.outputs["lost"]).decode()
             _log.warning("%s, while candidates of %s were measured", said, operator.name)
         return msgspec.json.decode(self._memoizer.blob(entry.outputs["trials"]), type=dict[str, Trial])
+
+    def _timed(self, action: Action) -> ActionEntry:
+        """Measures at a post. Raises PostLostError where that is gone."""
+        # Builds and other tuners that share the user's store time nothing meanwhile on this machine.
+        is_here = self._memoizer.workers.runs_here(action)
+        try:
+            with self._build.memoizer.store.locked("measuring") if is_here else contextlib.nullcontext():
+                return self._memoizer.run(action)
+        except WorkerLostError as error:
+            raise PostLostError(error.message, hint=error.hint) from error
 
     def _trial(self, operator: Operator, prepared: Prepared, trials: Mapping[str, Trial]) -> TrialRecord:
         trial, baseline = trials[prepared.candidate], trials[BASELINE]

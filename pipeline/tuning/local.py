@@ -1,4 +1,4 @@
-"""Nights of a workspace on this machine: which operators, on what terms, with which engine."""
+"""Nights of a workspace: which operators, on what terms, with which engine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pipeline.composition import names
 from pipeline.config import TargetFile, load_target
 from pipeline.errors import TvmakeError
 from pipeline.manifests import read_manifest
+from pipeline.processor import device
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.operators import Left, Model, chosen
 from pipeline.tuning.scheduler import Operator, Scheduler, Terms
@@ -38,7 +39,8 @@ def operators(
 def terms(
     workspace: Workspace, operators: Iterable[Operator], budget: float | None = None, trials: int | None = None
 ) -> Terms:
-    """What was asked for, and for the rest what the targets' files say: the largest of several."""
+    """What was asked for, and for the rest what the targets' files say: the largest of several. Asks a cluster, where
+    one is to be used, who is there; raises ExecutorError where nobody is."""
     files = [_file(workspace, name) for name in sorted({each.target for each in operators})]
     files = files or [TargetFile(target="native")]
     return Terms(
@@ -47,6 +49,7 @@ def terms(
         batch=max(file.tune.batch for file in files),
         noise=max(file.measure.noise for file in files),
         patience=max(file.tune.patience for file in files),
+        posts=max(1, len(workspace.build.memoizer.workers.posts(device()))) if workspace.executor else 1,
     )
 
 
@@ -57,10 +60,10 @@ def scheduler(workspace: Workspace, operators: Sequence[Operator], terms: Terms)
 
 def night(workspace: Workspace, operators: Sequence[Operator], terms: Terms, jobs: int, watcher: Watcher) -> Night:
     """A night that is ready to run."""
-    from pipeline.tuning.engine import LocalEngine
+    from pipeline.tuning.engine import StageEngine
     from pipeline.tuning.night import Night
 
-    engine = LocalEngine(workspace.build, jobs)
+    engine = StageEngine(workspace.build, jobs)
     ledger = Ledger.here(workspace.store, terms.noise, workspace.lanes)
     return Night(operators, engine, ledger, terms, watcher, secrets.token_hex(8))
 

@@ -12,8 +12,9 @@ most. A first `stop()` lets the batches end that are being measured, with one re
 drops those in preparation; a second one gives up at once. What one sees of it are events: pipeline.tuning.events.
 
 An engine that fails for one operator puts that operator aside. Three failures of one kind in a row are the machine's,
-and end the night. The store's errors end it at once. Where a post is lost its batch is as if it had not been begun, and
-a retest is made again; whoever loses three in a row is put aside, and a night without a post ends. Needs no TVM.
+and end the night. The store's errors end it at once, and so does the loss of what runs stages elsewhere. Where a post
+is lost its batch is as if it had not been begun, and a retest is made again; whoever loses three in a row is put aside,
+and a night without a post ends. Needs no TVM.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.errors import StoreError, last_line
+from pipeline.errors import ExecutorError, StoreError, last_line
 from pipeline.tuning.account import POST_LOST, Account
 from pipeline.tuning.batch import Batch as Batch
 from pipeline.tuning.batch import Course, Courses, RetestLostError
@@ -275,7 +276,7 @@ class Night:
             post.begin(pending.picked)
             known = {each.candidate for each in (*before.trials, *before.claims)}
             yield from self._watched(operator, post, self._courses.follow(turn, batch, known, post))
-        except StoreError:
+        except (StoreError, ExecutorError):
             raise
         except Exception as error:  # an engine may fail in any way: that is the operator's, until it is everyone's
             self._put_aside(operator, error)
@@ -291,7 +292,7 @@ class Night:
         post.begin(self._engine.now())
         try:
             yield from self._watched(operator, post, self._courses.retest(operator, post))
-        except StoreError:
+        except (StoreError, ExecutorError):
             raise
         except Exception as error:
             self._put_aside(operator, error)

@@ -1,4 +1,5 @@
-"""The folder of one run of `doit tune`, for what is made of candidates and not wanted again.
+"""The folder of one run of `doit tune`, for what is made of candidates and not wanted again; workers of a cluster have
+one for each run that they work for.
 
 store/   a store of its own
 tmp/     the workers' temporary files: what they leave when they are killed
@@ -32,10 +33,12 @@ class Scratch:
         self.temporary.mkdir()
         self._lock = FileLock(self._root / "owner", thread_local=False)
         self._lock.acquire()
+        self.tidied = time.time()
 
     def remove_old(self, kept: Collection[str], seconds: float) -> None:
         """Removes files of the store that are older than so many seconds, but for those of these names."""
-        latest = time.time() - seconds
+        self.tidied = time.time()
+        latest = self.tidied - seconds
         for part in ("cas", "ac"):
             for path in (self.folder / part).glob("*/*"):
                 with contextlib.suppress(OSError):
