@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-from pipeline.errors import ExecutorError
+from pipeline.errors import ExecutorError, first_line
 from pipeline.executors.placing import Needs, Worker, listed, unfit, unlike
 
 ANNOUNCED = "tvmake"  # under this name a worker says what it is
@@ -145,7 +145,7 @@ class Crew:
                     return
 
     def gone(self, error: BaseException | None = None) -> ExecutorError:
-        said = f" ({str(error).strip().splitlines()[0]})" if error is not None and str(error).strip() else ""
+        said = f" ({first_line(error)})" if isinstance(error, OSError) and str(error).strip() else ""
         return ExecutorError(
             f"the scheduler of {self._name} is gone{said}",
             hint="what was finished is kept; start it again and run the same command",

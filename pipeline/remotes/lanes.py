@@ -93,7 +93,8 @@ class Lanes:
         """Whether this run may work on a set: nobody else does, as far as the remote tells.
 
         After writing its name a run waits for longer than another takes to write, and looks whether it still stands
-        there (Fischer's algorithm). Without an answer from the remote everybody may.
+        there (Fischer's algorithm). Without an answer from the remote everybody may. Within one store it is the
+        caller's to see that nobody else does: a lease that a killed run of the same store left is nobody's.
         """
         if not (self._cache.policy.reads and self._cache.policy.writes):
             return True
@@ -101,7 +102,8 @@ class Lanes:
         held = self._look(_LEASE, set=key)
         if held is not None and self._holds(held):
             return False
-        if not self._send(_LEASE, {"run": self._run, "until": self._now() + _LEASED}, {}, set=key):
+        lease = {"run": self._run, "writer": self._writer(), "until": self._now() + _LEASED}
+        if not self._send(_LEASE, lease, {}, set=key):
             return True
         time.sleep(max(_SETTLED, _TIMES * (time.monotonic() - begun)))
         held = self._look(_LEASE, set=key)
@@ -120,7 +122,8 @@ class Lanes:
             left = float(until) - self._now() if isinstance(until, int | float) else 0.0
         except OverflowError:
             return False
-        return run not in ("", self._run) and 0 < left <= 2 * _LEASED
+        is_ours = run in ("", self._run) or lease.components.get("writer") == self._writer()
+        return not is_ours and 0 < left <= 2 * _LEASED
 
     # this store's lane
 

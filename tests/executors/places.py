@@ -140,6 +140,14 @@ class Hands:
         found = self._start("scheduler", "--host", "127.0.0.1", "--port", "0", until=r"scheduler is at (tcp://\S+);")
         self.address = found
 
+    def again(self) -> None:
+        """The scheduler once more, after it was killed, where it was: its workers wait for it."""
+        killed, self.started[0] = self.scheduler, self.scheduler
+        killed.wait()
+        port = self.address.rpartition(":")[2]
+        self._start("scheduler", "--host", "127.0.0.1", "--port", port, until=r"(scheduler is at)")
+        self.started[0] = self.started.pop()
+
     def work(self, name: str, *options: str, **environment: str) -> None:
         cache = str(self.folder / f"store-{name}")
         options = (self.address, "--name", name, "--threads", "1", *options)

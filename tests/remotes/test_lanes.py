@@ -190,6 +190,14 @@ def test_a_lease_of_one_that_died_runs_out(one: Path, other: Path, shared: Path)
     assert later.lease(CONV)
 
 
+def test_a_lease_of_a_run_that_was_killed_does_not_hold_up_the_next_of_its_store(
+    one: Path, other: Path, shared: Path
+) -> None:
+    assert lanes(one, shared).lease(CONV)
+    assert lanes(one, shared).lease(CONV), "the sets of a store have locks of their own"
+    assert not lanes(other, shared).lease(CONV)
+
+
 def test_a_lease_of_a_clock_that_is_ahead_runs_out_as_well(one: Path, other: Path, shared: Path) -> None:
     ahead = lanes(one, shared)
     Lanes(ahead._cache, Store(one), now=lambda: time.time() + 1e6).lease(CONV)
