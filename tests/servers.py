@@ -50,6 +50,7 @@ class Server:
     port: int
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    host: str = "127.0.0.1"
 
     def start(self) -> None:
         """Starts it, again after `kill` or `stop`: with what it had, on the port it had. Returns when it listens."""
@@ -107,7 +108,7 @@ class Server:
 
     def _listens(self) -> bool:
         try:
-            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            socket.create_connection((self.host, self.port), timeout=1).close()
         except OSError:
             return False
         return True
@@ -203,7 +204,7 @@ http {{
     uwsgi_temp_path {folder}/temporary/uwsgi;
     scgi_temp_path {folder}/temporary/scgi;
     server {{
-        listen 127.0.0.1:{port} {tls};
+        listen {host}:{port} {tls};
         root {folder}/root;
         location / {{
             {dav}
@@ -228,6 +229,7 @@ def nginx(
     rate: str = "",
     read_only: bool = False,
     tls: tuple[Path, Path] | None = None,
+    host: str = "127.0.0.1",
 ) -> Iterator[Server]:
     """nginx with WebDAV over `folder/root`. What is under /portal/ answers everything with a page of HTML.
 
@@ -235,6 +237,7 @@ def nginx(
     rate        of answers, such as "100k" (bytes in a second, for each connection)
     read_only   without WebDAV
     tls         the files of a key and of its certificate: it speaks https
+    host        the address of this machine's that it listens at
     """
     command = program("nginx")
     folder.mkdir(parents=True, exist_ok=True)
@@ -250,6 +253,7 @@ def nginx(
             # Started by root, its workers would be somebody who may not write here.
             "user": "user root;" if os.geteuid() == 0 else "",
             "folder": folder,
+            "host": host,
             "port": port,
             "dav": dav,
             "rate": f"limit_rate {rate};" if rate else "",
@@ -258,7 +262,7 @@ def nginx(
         text = _NGINX.format(**settings)
         (folder / "nginx.conf").write_text(text if not read_only else text.replace("create_full_put_path on;", ""))
         configured = [command, "-e", str(folder / "log"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
-        return Server(f"http{'s' if tls else ''}://127.0.0.1:{port}", folder, configured, port)
+        return Server(f"http{'s' if tls else ''}://{host}:{port}", folder, configured, port, host=host)
 
     with _running(make) as server:
         yield server

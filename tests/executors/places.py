@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
@@ -126,18 +126,19 @@ class Hands:
 
     folder: Path
     address: str = ""
+    host: str = "127.0.0.1"
+    url: str = ""  # of its remote
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def scheduler(self) -> subprocess.Popen[str]:
         return self.started[0]
 
-    @property
-    def url(self) -> str:
-        return f"file://{self.folder}/remote"
+    def __post_init__(self) -> None:
+        self.url = self.url or f"file://{self.folder}/remote"
 
     def begin(self) -> None:
-        found = self._start("scheduler", "--host", "127.0.0.1", "--port", "0", until=r"scheduler is at (tcp://\S+);")
+        found = self._start("scheduler", "--host", self.host, "--port", "0", until=r"scheduler is at (tcp://\S+);")
         self.address = found
 
     def again(self) -> None:
@@ -145,19 +146,20 @@ class Hands:
         killed, self.started[0] = self.scheduler, self.scheduler
         killed.wait()
         port = self.address.rpartition(":")[2]
-        self._start("scheduler", "--host", "127.0.0.1", "--port", port, until=r"(scheduler is at)")
+        self._start("scheduler", "--host", self.host, "--port", port, until=r"(scheduler is at)")
         self.started[0] = self.started.pop()
 
-    def work(self, name: str, *options: str, **environment: str) -> None:
+    def work(self, name: str, *options: str, within: Sequence[str] = (), **environment: str) -> None:
+        """`within`: a command that starts another where it is to run."""
         cache = str(self.folder / f"store-{name}")
         options = (self.address, "--name", name, "--threads", "1", *options)
-        self._start("worker", *options, until="(works for)", TVMAKE_CACHE=cache, **environment)
+        self._start("worker", *options, until="(works for)", within=within, TVMAKE_CACHE=cache, **environment)
 
-    def _start(self, verb: str, *options: str, until: str, **environment: str) -> str:
+    def _start(self, verb: str, *options: str, until: str, within: Sequence[str] = (), **environment: str) -> str:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("TVMAKE_")}
         path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(TESTS), str(TESTS.parent)]))
         process = subprocess.Popen(
-            [sys.executable, "-m", "doit", "cluster", verb, *options],
+            [*within, sys.executable, "-m", "doit", "cluster", verb, *options],
             env={**kept, "PYTHONPATH": path, **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

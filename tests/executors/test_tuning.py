@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections import Counter
@@ -65,7 +64,7 @@ def require_timed_once(workspaces: Sequence[WorkspaceFolder], each: int) -> None
         assert all(len(runs) == 1 for runs in by_candidate.values())
 
 
-def process_of(hands: Hands, name: str) -> psutil.Process:
+def worker_process(hands: Hands, name: str) -> psutil.Process:
     """The process of dask's that works under a name: the nanny that watches over it would start it again."""
     for started in hands.started[1:]:
         if name in psutil.Process(started.pid).cmdline():
@@ -73,6 +72,18 @@ def process_of(hands: Hands, name: str) -> psutil.Process:
                 each for each in psutil.Process(started.pid).children() if "spawn_main" in " ".join(each.cmdline())
             )
     raise AssertionError(f"there is no worker {name}")
+
+
+@contextlib.contextmanager
+def frozen(worker: psutil.Process) -> Iterator[None]:
+    """A worker that does nothing within the block, with all that it started."""
+    stopped = [worker, *worker.children(recursive=True)]
+    for each in stopped:
+        each.suspend()
+    yield
+    for each in stopped:
+        with contextlib.suppress(psutil.NoSuchProcess):  # who watches over it has killed it meanwhile
+            each.resume()
 
 
 def test_the_workers_of_a_cluster_are_the_posts_of_a_night(workspace: WorkspaceFolder, two: Hands) -> None:
@@ -107,7 +118,7 @@ def test_a_worker_that_is_killed_in_the_middle_costs_its_batch(workspace: Worksp
     fill(workspace, *THREE, many=True).build(TVMAKE_REMOTE=two.url).good()
     with running(workspace, **at(two)) as process:
         event(process, "phase", phase="measuring", post="a")
-        process_of(two, "a").kill()
+        worker_process(two, "a").kill()
         lost = event(process, "post", change="lost")
         assert (lost["post"], lost["posts"]) == ("a", 1)
         event(process, "post", change="back", post="a")
@@ -177,16 +188,10 @@ def test_a_worker_that_is_frozen_is_lost_and_another_goes_on(workspace: Workspac
     fill(workspace, *THREE, many=True).build(TVMAKE_REMOTE=two.url).good()
     with running(workspace, **at(two)) as process:
         event(process, "phase", phase="measuring", post="a")
-        frozen = process_of(two, "a")
-        stopped = [frozen, *frozen.children(recursive=True)]
-        for each in stopped:
-            os.kill(each.pid, signal.SIGSTOP)
-        began = time.monotonic()
-        assert event(process, "post", change="lost")["post"] == "a"
-        assert time.monotonic() - began < 60
-        for each in stopped:
-            with contextlib.suppress(ProcessLookupError):  # who watches over it has killed it meanwhile
-                os.kill(each.pid, signal.SIGCONT)
+        with frozen(worker_process(two, "a")):
+            began = time.monotonic()
+            assert event(process, "post", change="lost")["post"] == "a"
+            assert time.monotonic() - began < 60
         night = finish(process)
     night.done.good()
     require_timed_once([workspace], len(test_tune.MANY))

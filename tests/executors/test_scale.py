@@ -1,0 +1,58 @@
+"""The simulated cluster of bench.scale, small: a real scheduler of dask's, four workers, real orders, fake work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("distributed")
+
+from bench import scale
+
+SMALL = scale.Given(workers=4, operators=50, seconds=3.0, warm=1.0, speed=20.0, hosts=1)
+
+
+@pytest.fixture(scope="module")
+def row() -> scale.Row:
+    return scale.simulate(SMALL)
+
+
+def test_each_measurement_is_recorded_once(row: scale.Row) -> None:
+    (end,) = row.ends
+    assert end["measured"] > 50
+    assert end["agree"]
+    assert end["records"] >= end["measured"]  # some candidates could not be built
+    assert end["ended"] == "stopped"
+
+
+def test_all_workers_work_and_measure_where_they_are_told(row: scale.Row) -> None:
+    assert row.hosts.counts["used in all"] == SMALL.workers
+    assert row.hosts.counts["misplaced"] == 0
+    assert 0.0 < row.busy <= 1.05
+    for stage in ("search", "codegen", "measure"):
+        assert row.hosts.counts[stage] > 0
+
+
+def test_the_table_has_its_figures(row: scale.Row) -> None:
+    figures = dict(zip(scale.HEADS, scale.cells(row), strict=True))
+    assert figures["workers"] == SMALL.workers
+    assert all(isinstance(figure, int | float) and figure > 0 for figure in figures.values())
+    # What cannot be less: a batch is built before it is measured, and a function and an object pass twice for each.
+    assert figures["orders/s"] > figures["trials/s"] / 2
+    assert figures["kB/trial"] > (2 * SMALL.function + 2 * SMALL.object) / 1000
+    assert sum(row.shares().values()) == pytest.approx(1.0, abs=0.2)
+
+
+def test_candidates_compiled_together_make_fewer_orders(row: scale.Row) -> None:
+    together = scale.simulate(replace(SMALL, together=16, seconds=2.0, warm=0.5))
+    assert together.ends[0]["agree"]
+    assert together.orders / together.trials < row.orders / row.trials
+
+
+def test_a_claim_asks_the_remote_for_its_lease_and_its_lanes() -> None:
+    (alone, shared) = scale.claims([5], [0, 1], times=2)
+    figures = dict(zip(scale.CLAIM_HEADS, alone, strict=True))
+    assert figures["writes"] >= 2  # the lease is written, and given back
+    assert figures["begin, ms"] > 0
+    assert shared[2] >= alone[2]  # other lanes are read as well
