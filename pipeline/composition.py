@@ -79,7 +79,8 @@ def is_here(attributes: Mapping[str, Any]) -> bool:
 def measured_on(attributes: Mapping[str, Any], file: TargetFile) -> MeasuredOn:
     """Where candidates of a target can be tried: on the devices that its file names, or else here, if its code runs."""
     if file.device is not None:
-        return MeasuredOn.NOWHERE if has_device_code(attributes) else MeasuredOn.RPC
+        there = MeasuredOn.WORKER if file.device.label else MeasuredOn.RPC
+        return MeasuredOn.NOWHERE if has_device_code(attributes) else there
     return MeasuredOn.LOCAL if is_here(attributes) else MeasuredOn.NOWHERE
 
 

@@ -41,17 +41,20 @@ class Measure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[device]: devices that candidates are measured on, behind TVM's RPC tracker. See docs/devices.md.
+    """[device]: devices that candidates are measured on: those behind TVM's RPC tracker, or workers of a cluster. See
+    docs/devices.md.
 
     tracker   "host:port"
     key       what servers of this kind of device call themselves there
+    label     instead of these: what workers of this kind are labelled
     parallel  how many of them are used at once
     timeout   seconds that one session on a device may take
     wait      seconds to wait for a device that is away: rebooting, hanging, taken by others
     """
 
-    tracker: str
-    key: str
+    tracker: str = ""
+    key: str = ""
+    label: str = ""
     parallel: int = 1
     timeout: float = 600.0
     wait: float = 600.0
@@ -250,6 +253,16 @@ def _require_sensible(path: Path, read: TargetFile) -> None:
 
 
 def _require_sensible_device(path: Path, device: Device) -> None:
+    if device.label:
+        if ":" in device.label or device.label.split() != [device.label]:
+            said = f"{_shown(path)}: device.label is {device.label!r}"
+            raise ConfigError(said, hint="give a word without spaces and colons")
+        if device.tracker or device.key:
+            raise ConfigError(
+                f"{_shown(path)}: device.label and device.tracker are given",
+                hint="give a label for workers of a cluster, or a tracker and a key for devices behind it",
+            )
+        return
     host, _, port = device.tracker.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ConfigError(f"{_shown(path)}: device.tracker is {device.tracker!r}", hint='write "host:port"')

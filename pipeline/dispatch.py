@@ -82,8 +82,10 @@ def measuring(workload: Workload, contenders: Sequence[Linked], terms: Terms, ta
     if anew:
         options["anew"] = anew
     subject = f"{target.name}:{workload.label}"
-    if target.measured_on is not MeasuredOn.RPC or (away := target.file.device) is None:
-        return Action(stages.MEASURE, subject, inputs, options, target.file.timeout)
+    away = target.file.device
+    if away is None or target.measured_on is not MeasuredOn.RPC:
+        needs = (away.label,) if away is not None and away.label else ()
+        return Action(stages.MEASURE, subject, inputs, options, target.file.timeout, needs=needs)
     places: dict[str, object] = {"rpc": msgspec.to_builtins(away), "triple": triple_of(target.attributes)}
     # Nothing is timed on this machine; and what waits for a device is not late.
     return Action(_MEASURE_AWAY, subject, inputs, options, target.file.timeout + away.wait, places)
@@ -297,7 +299,7 @@ class Dispatcher:
 
     def _packing_there(self, workload: Workload, packed: Packed) -> Digest:
         """The object of what lays out a weight, for where candidates are tried: in a model that happens here."""
-        if self.target.measured_on is MeasuredOn.RPC:
+        if self.target.measured_on is not MeasuredOn.LOCAL:
             return self._compiled_as(workload, packed.function, symbol_of(packed.function.hash)).object
         return self.run(self.packing(workload, packed)).outputs["object"]
 
@@ -332,8 +334,8 @@ class Dispatcher:
     def _require_known_device(self) -> None:
         """Results are keyed by what a device says of itself, so it is asked before the first; not by a mere look-up."""
         away, is_look_up = self.target.file.device, self.run != self.memoizer.run or not self.memoizer.may_run
-        if self.target.measured_on is MeasuredOn.RPC and away is not None and not is_look_up:
-            asking.require_known(away, triple_of(self.target.attributes))
+        if away is not None and not is_look_up:
+            asking.require_known(away, triple_of(self.target.attributes), self.memoizer.workers)
 
     def _measure(
         self, workload: Workload, contenders: Sequence[tuple[Candidate, dict[str, Digest]]], seconds: bool

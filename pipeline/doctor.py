@@ -227,9 +227,9 @@ def devices() -> Finding:
     from pipeline.config import load_target
 
     found = [load_target(path).device for path in sorted(Path.cwd().glob("targets/*.toml"))]
-    wanted = list(dict.fromkeys((each.tracker, each.key) for each in found if each is not None))
+    wanted = list(dict.fromkeys((each.tracker, each.key) for each in found if each is not None and each.tracker))
     if not wanted:
-        return _ok("no target of this folder is measured on devices")
+        return _ok("no target of this folder is measured on devices behind a tracker")
     trackers = list(dict.fromkeys(tracker for tracker, _ in wanted))
     with ThreadPoolExecutor(len(trackers)) as threads:
         answers = dict(zip(trackers, threads.map(_asked_tracker, trackers), strict=True))

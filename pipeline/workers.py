@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from pipeline.errors import SetupError, StageError, WorkerDiedError
+from pipeline.errors import ExecutorError, SetupError, StageError, WorkerDiedError
 from pipeline.executors.contract import HERE
 from pipeline.stages import Home
 from pipeline.store import ActionEntry
@@ -70,8 +70,11 @@ class Workers:
     def perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
         """Has a worker run an action and store its results; waits for it.
 
-        Raises what the stage raised; WorkerDiedError when the process died or ran past the time limit.
+        Raises what the stage raised; WorkerDiedError when the process died or ran past the time limit; ExecutorError
+        for an action that needs a label: that is another machine's.
         """
+        if action.needs:
+            self.serving(", ".join(action.needs))
         request = pickle.dumps((action, key, components))
         home = action.stage.home
         worker = self._borrow(home)
@@ -97,8 +100,14 @@ class Workers:
     def runs_here(self, action: Action) -> bool:
         return True
 
-    def posts(self, device: str) -> tuple[str, ...]:
+    def posts(self, device: str, label: str = "") -> tuple[str, ...]:
         return (HERE,)
+
+    def serving(self, label: str) -> str:
+        raise ExecutorError(
+            f"workers labelled {label} are wanted, and this machine works alone",
+            hint="name a cluster that has one: --executor dask://HOST:8786; see: doit help cluster",
+        )
 
     def beside(self, job: Job) -> Workers:
         return Workers(job.store.root, job.jobs, job.temporary, durable=job.durable)

@@ -133,6 +133,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "stale.failures": ("-0.1", "1.1", "nan", "true"),
     "stale.caught_up": ('"yes"', "1"),
     "device": ("3", '"board"'),
+    "device.label": ('"a board"', '"a:b"', '"board"', "1"),  # a tracker is given as well
     "device.tracker": ('"host"', '"h:0"', '"h:port"', "9190"),
     "device.key": ('"a b"', '"a:b"', '""', "3"),
     "device.parallel": ("0", "-1", "1.5", '"all"'),

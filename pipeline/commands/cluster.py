@@ -86,6 +86,7 @@ class Cluster(OptionsAnywhere, Command):
     doc_description = """\
 A build can leave its work to other machines:
   doit build --executor dask://HOST:8786
+  doit tune --executor dask://HOST:8786   workers like this machine measure
 
 One machine has the scheduler, others are workers. All need the same
 tvmake (pip install 'tvmake[cluster]') and the same remote, through
@@ -100,7 +101,11 @@ which inputs and results go: see `doit help cache`.
 A worker is known by the targets that it runs code of, which it
 finds out by itself (llvm, llvm-znver5), and by the labels that it
 is given. One for a machine is enough: it performs as many actions
-at once as there are processors; what is timed is alone on it.
+at once as there are processors; what is timed is alone on it. A
+target is measured on workers of a label where its file says so:
+
+  [device]
+  label = "llvm-znver4"
 
 One machine by itself needs nothing of this:
   doit build --executor dask-local:4

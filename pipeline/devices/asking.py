@@ -1,4 +1,5 @@
-"""Has a device asked what it is, from a process that must not load TVM: a child does it.
+"""Has a device asked what it is: workers of a cluster have said it already; a device behind a tracker is asked by a
+child, as this process must not load TVM.
 
 python -m pipeline.devices.asking DEVICE TRIPLE    the child: JSON in, one line of JSON out
 """
@@ -10,18 +11,42 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from pipeline.config import Device
 from pipeline.devices import identity
-from pipeline.errors import DeviceError, TvmakeError
+from pipeline.errors import DeviceError, ExecutorError, TvmakeError
+
+if TYPE_CHECKING:
+    from pipeline.executors import Executor
 
 
-def require_known(device: Device, triple: str) -> None:
-    """Has a device asked what it is where that was never done. Raises DeviceError where none comes."""
-    if identity.said(device) is None:
+def require_known(device: Device, triple: str, by: Executor) -> None:
+    """Has a device asked what it is where that was never done. Raises DeviceError where none comes, and where it is
+    another than it was; ExecutorError where no worker is one."""
+    if device.label:
+        _require_known_worker(device, by)
+    elif identity.said(device) is None:
         ask(device, triple)
+
+
+def _require_known_worker(device: Device, by: Executor) -> None:
+    known = identity.said(device)
+    try:
+        told = by.serving(device.label)
+    except ExecutorError:
+        if known is None:
+            raise
+        return  # what was measured may be all that is wanted
+    if told != known:
+        identity.remember(device, told)
+    if known not in (None, told):
+        raise DeviceError(
+            f"workers labelled {device.label} are {told}; they were {known}",
+            hint="run the same command again: it goes on with what they are now, and keeps the results apart",
+        )
 
 
 def ask(device: Device, triple: str) -> str:

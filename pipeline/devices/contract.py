@@ -26,6 +26,7 @@ class MeasuredOn(enum.Enum):
 
     LOCAL = "local"  # on this machine
     RPC = "rpc"  # on devices that a tracker knows
+    WORKER = "worker"  # on workers of a cluster
     NOWHERE = "nowhere"
 
 

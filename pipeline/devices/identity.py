@@ -1,8 +1,8 @@
 """What devices behind a tracker said of themselves, remembered; and how many of them are used at once.
 
 Times hold for a kind of device, not for the machine that has them taken: results are keyed by the user's name for the
-kind, which is its key at the tracker, and by what the device said of itself. That is remembered in the store's folder,
-so that keys are known without asking. Every session asks again, and what has changed is said.
+kind, which is its key at the tracker or a label of workers, and by what the device said of itself. That is remembered
+in the store's folder, so that keys are known without asking. Every session asks again, and what has changed is said.
 
     <store>/locks/devices/<name>.json    what a device said, by tracker and key
     <store>/locks/devices/<name>.<n>     locked while the n-th device of that tracker and key is used
@@ -36,7 +36,8 @@ def device_of(file: TargetFile) -> str:
 
 def named(device: Device, said: str | None) -> str:
     """What results of a device are keyed by."""
-    return f"rpc {device.key}: {said or _UNASKED}"
+    where = f"worker {device.label}" if device.label else f"rpc {device.key}"
+    return f"{where}: {said or _UNASKED}"
 
 
 def said(device: Device) -> str | None:
@@ -57,12 +58,12 @@ def file_of(device: Device) -> Path:
 def remember(device: Device, said: str) -> None:
     """Notes what a device says of itself."""
     scratch = _made_folder().parent.parent / "tmp"
-    written = {"tracker": device.tracker, "key": device.key, "said": said}
+    written = {**_place(device), "said": said}
     try:
         with written_atomically(file_of(device), scratch, sync=False) as stream:
             stream.write(json.dumps(written).encode())
     except OSError as error:
-        raise explain_os_error(error, f"noting what the device {device.key} is") from error
+        raise explain_os_error(error, f"noting what the device {device.label or device.key} is") from error
 
 
 @contextlib.contextmanager
@@ -86,7 +87,11 @@ def _is_locked(file: object) -> bool:
 
 
 def _name(device: Device) -> str:
-    return key_of({"tracker": device.tracker, "key": device.key})[:32]
+    return key_of(_place(device))[:32]
+
+
+def _place(device: Device) -> dict[str, object]:
+    return {"label": device.label} if device.label else {"tracker": device.tracker, "key": device.key}
 
 
 def _made_folder() -> Path:

@@ -3,6 +3,7 @@
     perform   one action in a process that may die, its results in the store; waits for it
     limit     how many actions may be given at once
     posts     who can time something, each beside the others
+    serving   what the workers of a label are
     beside    another executor for another store, with the same machines
     stop      ends all of it; from then on nothing is performed
 
@@ -40,9 +41,15 @@ class Executor(Protocol):
         """Whether an action would run on this machine, so that what is timed must not run beside it."""
         ...
 
-    def posts(self, device: str) -> tuple[str, ...]:
-        """The names of those that can time what is for a device, each without disturbing the others: `Action.post` is
-        one of them. None where there were some and they are gone for good. Cheap: it may be asked all the time."""
+    def posts(self, device: str, label: str = "") -> tuple[str, ...]:
+        """The names of those that can time what is for a device, and have a label where one is given, each without
+        disturbing the others: `Action.post` is one of them. None where there were some and they are gone for good.
+        Cheap: it may be asked all the time."""
+        ...
+
+    def serving(self, label: str) -> str:
+        """The device that the workers of a label are, as `processor.device()` says it there. Raises ExecutorError where
+        there are none."""
         ...
 
     def beside(self, job: Job) -> Executor:

@@ -12,7 +12,8 @@ from pipeline.executors.placing import Needs, Worker, listed, unfit, unlike
 
 ANNOUNCED = "tvmake"  # under this name a worker says what it is
 _EVERY = 1.0  # seconds
-_SILENCE = 5.0  # seconds after which a scheduler that does not answer is lost
+_SILENCE = 5.0  # seconds after which a scheduler that does not answer is lost …
+_PER_WORKER = 0.01  # … and for each worker of which it tells so many more
 
 
 def worker_of(address: str, told: Mapping[str, Any]) -> Worker:
@@ -47,7 +48,7 @@ class Crew:
 
     def look(self) -> None:
         """Asks the scheduler. Raises OSError or TimeoutError where it does not answer."""
-        told = self._client.sync(self._client.scheduler.identity, n_workers=-1, callback_timeout=_SILENCE)
+        told = self._client.sync(self._client.scheduler.identity, n_workers=-1, callback_timeout=self._patience)
         found = {address: worker_of(address, each) for address, each in told["workers"].items()}
         useful = {address: each for address, each in found.items() if not unlike(each, self._base)}
         with self._changed:
@@ -65,6 +66,10 @@ class Crew:
         self._ends.set()
         with self._changed:
             self._changed.notify_all()
+
+    @property
+    def _patience(self) -> float:
+        return _SILENCE + _PER_WORKER * len(self._all)
 
     @property
     def workers(self) -> dict[str, Worker]:
@@ -86,9 +91,11 @@ class Crew:
         wanted = (*sorted(asked.identities.items()), asked.device, asked.labels)
         return self._found(wanted, lambda a, each: not unfit(each, asked) and a not in self._refused)
 
-    def names(self, device: str) -> tuple[str, ...]:
-        """The names of those that are this device."""
-        there = self._found(("device", device), lambda _, each: each.device == device)
+    def names(self, device: str, label: str = "") -> tuple[str, ...]:
+        """The names of those that are this device, and have a label where one is given."""
+        there = self._found(
+            ("device", device, label), lambda _, each: each.device == device and (not label or label in each.labels)
+        )
         return tuple(sorted({each.name for a in there if (each := self._useful.get(a)) is not None}))
 
     def named(self, name: str) -> list[str]:
@@ -138,7 +145,7 @@ class Crew:
                 self.look()
                 answered = time.monotonic()
             except Exception as error:
-                away = self._client.status == "closed" or time.monotonic() - answered > _SILENCE
+                away = self._client.status == "closed" or time.monotonic() - answered > self._patience
                 if away and not self._ends.is_set():
                     self._ends.set()
                     self._lost(self.gone(error))

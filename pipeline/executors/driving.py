@@ -75,7 +75,8 @@ class DaskExecutor:
         self._waiting: set[threading.Event] = set()
         self._futures: set[Any] = set()
         self._told: set[str] = set()
-        self._posts: dict[str, tuple[float, tuple[str, ...]]] = {}  # by device: when any was last there, and which
+        # By device and label: when any was last there, and which.
+        self._posts: dict[tuple[str, str], tuple[float, tuple[str, ...]]] = {}
         self._corrupt = 0
         self._stopped = False
         self._lost: ExecutorError | None = None
@@ -116,18 +117,29 @@ class DaskExecutor:
             return True
         return not action.post and not self._crew.fit(needs(action, self._own))
 
-    def posts(self, device: str) -> tuple[str, ...]:
+    def posts(self, device: str, label: str = "") -> tuple[str, ...]:
         """See the contract. A post that went is listed for as long as whoever watches over it may bring it back."""
         if self._cluster.is_here:
             return (HERE,)
-        there, now = () if self.stopped else self._crew.names(device), time.monotonic()
+        there, now = () if self.stopped else self._crew.names(device, label), time.monotonic()
         if there:
-            self._posts[device] = now, there
+            self._posts[device, label] = now, there
             return there
-        if device not in self._posts:
-            return (HERE,)
-        seen, names = self._posts[device]
+        if (device, label) not in self._posts:
+            return () if label else (HERE,)
+        seen, names = self._posts[device, label]
         return names if now - seen < _GRACE and not self.stopped else ()
+
+    def serving(self, label: str) -> str:
+        there = sorted({each.device for each in self._crew.workers.values() if label in each.labels})
+        if not there:
+            raise ExecutorError(
+                f"no worker of {self._cluster.name} is labelled {label}; its workers: {self._crew.listed()}",
+                hint=self._how_to_start(f" --label {label}"),
+            )
+        if there[1:]:
+            self._tell_once(label, f"workers labelled {label} differ; used are those that are {there[0]}")
+        return there[0]
 
     def beside(self, job: Job) -> DaskExecutor:
         means = replace(job, remote=job.remote or self._job.remote, url=job.url or self._job.url)

@@ -3,6 +3,7 @@
     no variables for workers   dask sets OMP_NUM_THREADS=1 in the processes that it starts: that would be another device
     a worker that is frozen    is given up after twenty to forty seconds, not five to ten minutes
     a worker that is lost      its work goes to another three times; then it is called the work's fault
+    a connection               remembers ten messages, not a thousand: orders and answers are in them
     words                      dask's own log is left to errors of its own: what happens is told by who asked
 
 Driver, workers and schedulers that tvmake starts all come by here.
@@ -23,6 +24,7 @@ _SETTINGS = {
     "distributed.nanny.pre-spawn-environ": {},
     "distributed.scheduler.worker-ttl": "20s",
     "distributed.scheduler.allowed-failures": ALLOWED_FAILURES,
+    "distributed.admin.low-level-log-length": 10,
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,

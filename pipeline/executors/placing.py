@@ -78,13 +78,19 @@ def needs(action: Action, own: Mapping[str, str]) -> Needs:
     tools = [*BASE, *(action.stage.tools if action.stage.kind is Kind.BINARY else ())]
     if action.stage.name in _RUNS_CODE and not action.needs:
         tools.append(HOST)
-    device = action.options.get("device", "")
     return Needs(
         {name: own.get(name, ABSENT) for name in tools},
-        device if isinstance(device, str) and action.stage.name in _RUNS_CODE else "",
+        _device_of(action) if action.stage.name in _RUNS_CODE else "",
         tuple(action.needs),
         (MEASURE,) if action.stage.alone else (),
     )
+
+
+def _device_of(action: Action) -> str:
+    """The device that the key of an action names: "worker llvm-znver5: <device>" where it goes by a label."""
+    device = action.options.get("device", "")
+    said = device if isinstance(device, str) else ""
+    return said.partition(": ")[2] if action.needs else said
 
 
 def unlike(worker: Worker, wanted: Mapping[str, str]) -> str:

@@ -130,7 +130,8 @@ class Post:
         with self._process(order, worker, task) as process:
             try:
                 with self._place(order, store):
-                    entry = process.perform(order.action, order.key, order.components)
+                    action = replace(order.action, needs=())  # whose labels it wants, it has
+                    entry = process.perform(action, order.key, order.components)
             except BaseException:
                 if task in self._dropped:  # nobody waits for it, or somebody does again
                     return Answer(None)

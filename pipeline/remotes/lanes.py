@@ -72,13 +72,13 @@ class Lanes:
                 return self._new
         return 0
 
-    def publish(self) -> int:
-        """Sends the members of all sets that nobody has sent yet; returns how many were."""
+    def publish(self, keys: Iterable[str] | None = None) -> int:
+        """Sends the members that nobody has sent yet, of all sets or of these; returns how many were."""
         if not self._cache.policy.writes:
             return 0
         with self._locked():
             known = self._known()
-            fresh = self._unknown(known)
+            fresh = self._unknown(known, self._store.sets.all_keys() if keys is None else keys)
             count = sum(len(members) for _, members in fresh.values())
             if count and not self._extended(fresh):
                 return 0
@@ -177,10 +177,10 @@ class Lanes:
         except (zlib.error, msgspec.DecodeError, ValueError, TypeError, RecursionError):
             return None
 
-    def _unknown(self, known: set[bytes]) -> Members:
-        """The members of this store's sets whose names are not among those."""
+    def _unknown(self, known: set[bytes], keys: Iterable[str]) -> Members:
+        """The members of these of the store's sets whose names are not among those."""
         sets, fresh = self._store.sets, {}
-        for key in sets.all_keys():
+        for key in keys:
             but = [name for name in sets.names(key) if bytes.fromhex(name) in known]
             members = [data for _, data in sets.read(key, but)]
             if members:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import secrets
@@ -31,6 +32,7 @@ import msgspec
 from pipeline import stages
 from pipeline.compiler import search
 from pipeline.devices.contract import MeasuredOn
+from pipeline.devices.identity import said as identity_of
 from pipeline.dispatch import REFERENCE, Dispatcher, Linked, measuring
 from pipeline.errors import ConfigError, StageError, StoreError, WorkerDiedError, WorkerLostError, first_line
 from pipeline.executors import Job
@@ -38,7 +40,6 @@ from pipeline.executors.contract import HERE
 from pipeline.hashing import Digest, key_of
 from pipeline.measuring import TOLERANCE
 from pipeline.memoizer import Action, Memoizer
-from pipeline.processor import device
 from pipeline.store import ActionEntry, Store
 from pipeline.store.scratch import Scratch
 from pipeline.tuning.calls import post
@@ -61,6 +62,8 @@ from pipeline.types import Candidate, Cause, Packed, Terms, Trial, symbol_of
 
 if TYPE_CHECKING:
     from pipeline.build import Build
+    from pipeline.composition import Target
+    from pipeline.executors.contract import Executor
 
 _log = logging.getLogger(__name__)
 
@@ -111,9 +114,9 @@ class StageEngine:
     Every method may be called from any thread.
     """
 
-    def __init__(self, build: Build, jobs: int = 0) -> None:
+    def __init__(self, build: Build, targets: Iterable[str], jobs: int = 0) -> None:
         self._build = build
-        self._device = device()
+        self._targets = tuple(targets)
         self._session = secrets.token_hex(8)  # other searches than any other run's
         self._clock = time.time() - time.monotonic()
         self._begun = time.time()
@@ -141,13 +144,22 @@ class StageEngine:
 
     @property
     def posts(self) -> int:
-        return len(self._memoizer.workers.posts(self._device))
+        return len(self._all_posts())
 
     @property
     def post_names(self) -> Sequence[str]:
         """None where this machine is the one post."""
-        there = self._memoizer.workers.posts(self._device)
+        there = self._all_posts()
         return () if there == (HERE,) else there
+
+    def _all_posts(self) -> tuple[str, ...]:
+        """Those of all targets. What is for another target than its post's is measured in turn with the others, at one
+        of its own target's."""
+        first, *others = (self._posts_of(each) for each in self._targets)
+        return first if not others else tuple(dict.fromkeys(itertools.chain(first, *others)))
+
+    def _posts_of(self, target: str) -> tuple[str, ...]:
+        return posts_of(self._build.target(target), self._memoizer.workers)
 
     def now(self) -> float:
         """Unix time, as a clock that only goes forward."""
@@ -455,15 +467,18 @@ class StageEngine:
         candidates = [Linked(each.candidate, each.symbol, {**together, **more}, shared, each.packed) for each in ready]
         target = self._build.target(operator.target)
         action = measuring(operator.workload, [ground.reference, ground.baseline, *candidates], terms, target)
-        is_local = target.measured_on is MeasuredOn.LOCAL
-        entry = self._timed(replace(action, post=post())) if is_local else self._memoizer.run(action)
+        is_away = target.measured_on is MeasuredOn.RPC
+        entry = self._memoizer.run(action) if is_away else self._timed(target, action)
         if "lost" in entry.outputs:
             said = self._memoizer.blob(entry.outputs["lost"]).decode()
             _log.warning("%s, while candidates of %s were measured", said, operator.name)
         return msgspec.json.decode(self._memoizer.blob(entry.outputs["trials"]), type=dict[str, Trial])
 
-    def _timed(self, action: Action) -> ActionEntry:
+    def _timed(self, target: Target, action: Action) -> ActionEntry:
         """Measures at a post. Raises PostLostError where that is gone."""
+        own = self._posts_of(target.name)
+        if (at := post() or HERE) in own:
+            action = replace(action, post=at)
         # Builds and other tuners that share the user's store time nothing meanwhile on this machine.
         is_here = self._memoizer.workers.runs_here(action)
         try:
@@ -545,6 +560,17 @@ class StageEngine:
         store = self._build.memoizer.store
         outputs = {"model": store.put(self._memoizer.blob(learnt))}
         store.commit(key, ActionEntry(stages.LEARN.name, {"cost model": space}, outputs, 0.0))
+
+
+def posts_of(target: Target, by: Executor) -> tuple[str, ...]:
+    """Where candidates of a target are measured side by side: at workers that are its device, here, or on as many
+    devices behind a tracker as may be used at once."""
+    away = target.file.device
+    if away is None:
+        return by.posts(target.device)
+    if away.label:
+        return by.posts(identity_of(away) or "", away.label)
+    return tuple(f"{away.key} {i + 1}" for i in range(away.parallel)) if away.parallel > 1 else (HERE,)
 
 
 def _seed(*parts: object) -> int:

@@ -57,8 +57,8 @@ class Shared(Protocol):
     def gather(self) -> int:
         """Brings in what they found."""
 
-    def publish(self) -> int:
-        """Gives them what was found here."""
+    def publish(self, keys: Iterable[str] | None = None) -> int:
+        """Gives them what was found here, of all sets or of these."""
 
     def lease(self, key: str) -> bool:
         """Whether none of them works on a set, and none will until `release`."""
@@ -181,7 +181,7 @@ class Ledger:
     @staticmethod
     def _give_back(shared: Shared, key: str) -> None:
         """Others see what was found before they may go on from there."""
-        shared.publish()
+        shared.publish([key])
         shared.release(key)
 
     def _read(self, key: str) -> _Operator:

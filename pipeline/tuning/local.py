@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.composition import names
-from pipeline.config import TargetFile, load_target
+from pipeline.config import Device, TargetFile, load_target
+from pipeline.devices import asking
 from pipeline.errors import TvmakeError
 from pipeline.manifests import read_manifest
-from pipeline.processor import device
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.operators import Left, Model, chosen
 from pipeline.tuning.scheduler import Operator, Scheduler, Terms
@@ -33,7 +33,10 @@ def operators(
         file = _file(workspace, each.target)
         place = (each.model.name, workspace.folder, each.target)
         models.append(Model(*place, manifest.target_spec, file, each.plan, manifest, each.profile))
-    return chosen(models, patterns, workspace.store)
+    def ask(device: Device, triple: str) -> None:
+        asking.require_known(device, triple, workspace.build.memoizer.workers)
+
+    return chosen(models, patterns, workspace.store, ask)
 
 
 def terms(
@@ -41,15 +44,21 @@ def terms(
 ) -> Terms:
     """What was asked for, and for the rest what the targets' files say: the largest of several. Asks a cluster, where
     one is to be used, who is there; raises ExecutorError where nobody is."""
-    files = [_file(workspace, name) for name in sorted({each.target for each in operators})]
-    files = files or [TargetFile(target="native")]
+    from pipeline.tuning.engine import posts_of
+
+    targets = sorted({each.target for each in operators})
+    files = [_file(workspace, name) for name in targets] or [TargetFile(target="native")]
+    posts: set[str] = set()
+    if workspace.executor or any(file.device is not None for file in files):
+        by = workspace.build.memoizer.workers
+        posts = {post for name in targets for post in posts_of(workspace.build.target(name), by)}
     return Terms(
         budget=budget,
         trials=trials or max(file.tune.trials for file in files),
         batch=max(file.tune.batch for file in files),
         noise=max(file.measure.noise for file in files),
         patience=max(file.tune.patience for file in files),
-        posts=max(1, len(workspace.build.memoizer.workers.posts(device()))) if workspace.executor else 1,
+        posts=max(1, len(posts)),
     )
 
 
@@ -63,7 +72,7 @@ def night(workspace: Workspace, operators: Sequence[Operator], terms: Terms, job
     from pipeline.tuning.engine import StageEngine
     from pipeline.tuning.night import Night
 
-    engine = StageEngine(workspace.build, jobs)
+    engine = StageEngine(workspace.build, sorted({each.target for each in operators}), jobs)
     ledger = Ledger.here(workspace.store, terms.noise, workspace.lanes)
     return Night(operators, engine, ledger, terms, watcher, secrets.token_hex(8))
 

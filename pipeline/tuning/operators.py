@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.compiler import search, strategies
 from pipeline.composition import measured_on, space_of
-from pipeline.config import TargetFile
-from pipeline.devices import asking
+from pipeline.config import Device, TargetFile
 from pipeline.devices.contract import MeasuredOn
 from pipeline.devices.identity import device_of
 from pipeline.platforms import triple_of
@@ -49,15 +48,21 @@ class Left:
 
 
 def chosen(
-    models: Iterable[Model], patterns: Sequence[str] = (), store: Store | None = None
+    models: Iterable[Model],
+    patterns: Sequence[str] = (),
+    store: Store | None = None,
+    ask: Callable[[Device, str], object] = lambda device, triple: None,
 ) -> tuple[list[Operator], list[Left]]:
     """The operators to tune, those that take longest first, and those that tuning would change nothing for.
 
-    `patterns` are names of operators as `doit list` shows them, with * and ?; all where there are none. Raises
-    DeviceError where a device that was never used before is not there.
+    `patterns` are names of operators as `doit list` shows them, with * and ?; all where there are none. Records are
+    kept by what a device says of itself: `ask` has one with code for a triple asked, where that was never done, and may
+    raise DeviceError.
     """
     models = list(models)
-    _require_known_devices(models)
+    for model in models:
+        if model.file.device is not None and not why_none(model):
+            ask(model.file.device, triple_of(model.attributes))
     found: dict[tuple[str, str], Operator] = {}
     left: dict[tuple[str, str], list[str]] = {}
     for model in models:
@@ -76,13 +81,6 @@ def chosen(
     told = _with_staleness(found, files, store or Store(default_root()))
     operators = sorted(told, key=lambda each: (-each.seconds * sum(each.calls.values()), each.name))
     return operators, [Left(target, reason, tuple(dict.fromkeys(names))) for (target, reason), names in left.items()]
-
-
-def _require_known_devices(models: Iterable[Model]) -> None:
-    """Records are kept by what a device says of itself: one that was never asked is asked now."""
-    for model in models:
-        if model.file.device is not None and not why_none(model):
-            asking.require_known(model.file.device, triple_of(model.attributes))
 
 
 def _with(known: Operator | None, model: Model, workload: Workload) -> Operator:

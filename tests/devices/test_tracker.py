@@ -105,7 +105,7 @@ def targets(folder: Path, **trackers: str) -> None:
 
 def test_the_doctor_tells_who_is_there(boards: Boards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert doctor.devices().said == "no target of this folder is measured on devices"
+    assert doctor.devices().said == "no target of this folder is measured on devices behind a tracker"
     targets(tmp_path, board=boards.address)
     boards.await_free("board", 2)
     found = doctor.devices()

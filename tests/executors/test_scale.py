@@ -44,10 +44,15 @@ def test_the_table_has_its_figures(row: scale.Row) -> None:
     assert sum(row.shares().values()) == pytest.approx(1.0, abs=0.2)
 
 
-def test_candidates_compiled_together_make_fewer_orders(row: scale.Row) -> None:
-    together = scale.simulate(replace(SMALL, together=16, seconds=2.0, warm=0.5))
-    assert together.ends[0]["agree"]
-    assert together.orders / together.trials < row.orders / row.trials
+def test_on_paper_a_batch_is_its_orders_and_its_blobs() -> None:
+    given = scale.Given(batch=4, search=1.0, codegen=2.0, measure=0.5, function=10, object=100)
+    figures = dict(zip(scale.PAPER_HEADS, scale.paper(given, 29), strict=True))
+    assert figures["core s/batch"] == 4 * (1.0 + 2.0 + 0.5) + 0.5
+    assert figures["orders/batch"] == 1 + 4 + 1
+    assert figures["kB/batch"] == pytest.approx((9 * 10 + 10 * 100) / 1000)
+    assert figures["batches/s"] == pytest.approx(2.0)
+    together = dict(zip(scale.PAPER_HEADS, scale.paper(replace(given, together=4), 29), strict=True))
+    assert together["orders/batch"] == 3
 
 
 def test_a_claim_asks_the_remote_for_its_lease_and_its_lanes() -> None:

@@ -17,6 +17,7 @@ import test_tune
 from conftest import WorkspaceFolder
 from test_tune import Night, event, finish, records, running, timed, tune
 
+from pipeline.store import Store
 from pipeline.tuning.records import Record
 from tests.executors.places import Hands, cluster
 
@@ -195,3 +196,55 @@ def test_a_worker_that_is_frozen_is_lost_and_another_goes_on(workspace: Workspac
         night = finish(process)
     night.done.good()
     require_timed_once([workspace], len(test_tune.MANY))
+
+
+@pytest.fixture
+def served(workspace: WorkspaceFolder) -> WorkspaceFolder:
+    """A workspace whose one target is measured on workers that are labelled `board`."""
+    fill(workspace, "Relu", "Tanh")
+    text = test_tune.target("lanes", more='select = "fastest"')
+    workspace.write("targets/native.toml", f'{text}[device]\nlabel = "board"\n')
+    return workspace
+
+
+def test_a_target_is_selected_and_tuned_on_the_workers_that_its_file_names(
+    served: WorkspaceFolder, tmp_path: Path
+) -> None:
+    with cluster(tmp_path / "cluster") as hands:
+        hands.work("other")
+        hands.work("one", "--label", "board")
+        served.build(**at(hands)).good()
+        assert measured(served) <= {"default"}
+        night = tune(served, **at(hands))
+        night.done.good()
+        assert night.of("begun")[0]["posts"] == ["one"]
+        require_timed_once([served], 4)
+        served.build(**at(hands)).good()
+        assert measured(served) == {"default", "tuned"}
+        devices = {Store(served.cache).sets.about(key)["device"] for key in records(served)}
+        assert [str(each).partition(": ")[0] for each in devices] == ["worker board"]
+    served.idle_build()
+    (served.folder / ".doit.db").unlink()
+    served.build().good()
+    assert set(test_tune.implementations(served).values()) == {"tuned"}, "what was measured is found without a worker"
+
+
+def measured(workspace: WorkspaceFolder) -> set[str]:
+    """The strategies whose functions were timed."""
+    operators = workspace.manifest("net")["operators"]
+    return {each["strategy"] for operator in operators for each in operator["candidates"] if each.get("seconds")}
+
+
+def test_a_target_that_no_worker_serves_is_told_at_once(served: WorkspaceFolder, hands: Hands) -> None:
+    for command, environment, said in (
+        ("build", at(hands), "is labelled board; its workers: a (cuda-sm_90, llvm"),
+        ("tune", at(hands), "is labelled board; its workers: a (cuda-sm_90, llvm"),
+        ("build", {}, "workers labelled board are wanted, and this machine works alone"),
+    ):
+        began = time.monotonic()
+        done = served.doit(command, **environment)
+        assert done.code in (1, 2)
+        assert said in done.err
+        assert "doit cluster worker" in done.err or "--executor" in done.err
+        assert "Traceback" not in done.err
+        assert time.monotonic() - began < 20  # with all that can be built without it
