@@ -11,7 +11,6 @@ stage would take on one core, and answers with blobs as large as the real ones.
     python -m bench.scale --workers 300 --drivers 2         two drivers, each with half of the operators
     python -m bench.scale --workers 300 --schedulers 2      … and each with its own scheduler and half of the workers
     python -m bench.scale --workers 300 --batch 64          larger batches
-    python -m bench.scale --workers 300 --together 16       16 candidates compiled by one order
     python -m bench.scale --claims 100 1000 10000           only this: requests to the remote for one claim
     python -m bench.scale --decisions                       only this: our scheduler alone
     python -m bench.scale --paper                           only this: what so many workers take, by arithmetic
@@ -83,7 +82,6 @@ class Given:
     seconds: float = 30.0  # that are looked at, after `warm`
     warm: float = 20.0
     batch: int = 16
-    together: int = 1  # candidates that one order compiles
     speed: float = 1.0
     hosts: int = 2  # processes that hold the workers
     drivers: int = 1
@@ -316,12 +314,16 @@ class FakeWork:
         sums = {"busy": self._busy, "late": self._late, "used": len(self._used), "misplaced": self._misplaced}
         return {**sums, **self._orders, "orders": self._orders.total()}
 
-    async def perform(self, packed: bytes) -> bytes:
+    async def perform(self, packed: bytes) -> list[bytes]:
+        from pipeline.executors.orders import unpacked
+
+        return [await self._performed(order) for order in unpacked(packed)]
+
+    async def _performed(self, order: Any) -> bytes:
         from distributed import get_worker
 
-        from pipeline.executors.orders import Answer, Order
+        from pipeline.executors.orders import Answer
 
-        order: Order = pickle.loads(packed)
         action, worker = order.action, get_worker()
         wanted: Any = action.options["simulated"]
         begun, seconds = time.monotonic(), wanted["seconds"] / self._speed
@@ -391,9 +393,7 @@ class OrderingEngine(FakeEngine):
         listed = {"proposed": 200 * count}
         found = self._order(stages.SEARCH, operator, inputs, self._given.search * count, {**sizes, **listed})
         functions = [found.outputs[f"f{i}"] for i in range(count)]
-        some = _chunks(functions, self._given.together)
-        made = self._compiling.map(functools.partial(self._codegen, operator), some)
-        objects = [digest for each in made for digest in each]
+        objects = list(self._compiling.map(functools.partial(self._codegen, operator), functions))
         with self._meter.of("the fake engine"):
             batch = super().prepare(operator, standing, count)
         named = {each: objects[i % len(objects)] for i, each in enumerate(batch.candidates)}
@@ -401,11 +401,9 @@ class OrderingEngine(FakeEngine):
             self._compiled.setdefault(operator.key, {}).update(named)
         return batch
 
-    def _codegen(self, operator: Operator, functions: Sequence[Digest]) -> list[Digest]:
-        inputs = {"function" if not i else f"function{i}": each for i, each in enumerate(functions)}
-        sizes = {"object" if not i else f"object{i}": self._given.object for i in range(len(functions))}
-        made = self._order(stages.CODEGEN, operator, inputs, self._given.codegen * len(functions), sizes)
-        return [made.outputs[name] for name in sizes]
+    def _codegen(self, operator: Operator, function: Digest) -> Digest:
+        inputs, sizes = {"function": function}, {"object": self._given.object}
+        return self._order(stages.CODEGEN, operator, inputs, self._given.codegen, sizes).outputs["object"]
 
     def measure(self, operator: Operator, batch: Batch) -> list[Record]:
         with self._counting:
@@ -522,12 +520,11 @@ def _job(folder: Path, jobs: int) -> Any:
 def _meter_executor(meter: Meter, executor: Any, given: Given) -> None:
     """Names what a driver's processor time goes to, from the outside."""
     from pipeline.executors import driving
-    from pipeline.executors.orders import Order
 
     client = executor._cluster.client
     client.direct_to_workers = given.direct
     meter.wrap(client, "dask: submit", "submit")
-    meter.wrap(Order, "pickling", "packed")
+    meter.wrap(driving, "pickling", "packed")
     named: Any = driving
     named.pickle = SimpleNamespace(loads=meter.metered("pickling", pickle.loads), PicklingError=pickle.PicklingError)
     meter.wrap(executor, "dask: release", "_release")
@@ -827,7 +824,7 @@ def paper(given: Given, workers: int) -> tuple[float, ...]:
     dask's scheduler on their way in and on their way out."""
     size = given.batch
     seconds = size * (given.search + given.codegen + given.measure) + given.measure
-    orders = 1 + -(-size // given.together) + 1
+    orders = 1 + size + 1
     passed = given.function * (1 + 2 * size) + given.object * (2 * size + 2)
     batches = workers / seconds
     rates = (batches, batches * size, batches * orders, 2e-6 * batches * passed)
@@ -952,12 +949,12 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = Given()
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 100, 300, 1000])
-    for name in ("operators", "batch", "together", "hosts", "drivers", "schedulers", "seed"):
+    for name in ("operators", "batch", "hosts", "drivers", "schedulers", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
     parser.add_argument("--at-once", type=int, default=0, help="batches in preparation; 0: as the executor says")
     for name in ("seconds", "warm", "speed", "search", "codegen", "measure", "learn"):
         parser.add_argument(f"--{name}", type=float, default=getattr(usual, name))
-    parser.add_argument("--log", type=int, default=0, help="messages of each connection that dask keeps; 0: its 1000")
+    parser.add_argument("--log", type=int, default=0, help="messages of each connection that dask keeps; 0: as tvmake has it, 10")
     parser.add_argument("--direct", action="store_true", help="answers go to the driver without dask's scheduler")
     parser.add_argument("--paper", action="store_true", help="only this: what workers take, by arithmetic")
     parser.add_argument("--decisions", action="store_true", help="only this: our scheduler alone")
