@@ -55,6 +55,7 @@ from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
 from pipeline.store import ActionEntry, Store
 from pipeline.tuning import calls
+from pipeline.tuning.engine import compiled_at_once
 from pipeline.tuning.events import Event
 from pipeline.tuning.fakes import FakeEngine, MemoryLedger, Told
 from pipeline.tuning.night import Batch, Night
@@ -350,7 +351,7 @@ class OrderingEngine(FakeEngine):
         self._given = given
         self._memoizer = memoizer
         self._meter = meter
-        self._compiling = ThreadPoolExecutor(self.workers)
+        self._compiling = ThreadPoolExecutor(compiled_at_once(memoizer.workers, self.workers))
         self._numbers = itertools.count()
         self._grounds: dict[str, tuple[Digest, ...]] = {}  # function, reference and baseline of each operator
         self._compiled: dict[str, dict[str, Digest]] = {}  # objects of the batches that are under way
@@ -954,7 +955,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=0, help="batches in preparation; 0: as the executor says")
     for name in ("seconds", "warm", "speed", "search", "codegen", "measure", "learn"):
         parser.add_argument(f"--{name}", type=float, default=getattr(usual, name))
-    parser.add_argument("--log", type=int, default=0, help="messages of each connection that dask keeps; 0: as tvmake has it, 10")
+    parser.add_argument("--log", type=int, default=0, help="messages of each connection that dask keeps; 0: 10")
     parser.add_argument("--direct", action="store_true", help="answers go to the driver without dask's scheduler")
     parser.add_argument("--paper", action="store_true", help="only this: what workers take, by arithmetic")
     parser.add_argument("--decisions", action="store_true", help="only this: our scheduler alone")

@@ -250,8 +250,12 @@ class DaskExecutor:
 
         with self._changed:
             if action.stage.name not in self._groups:
-                self._groups[action.stage.name] = Groups(give, lambda: max(1, _AHEAD * self._crew.threads))
+                self._groups[action.stage.name] = Groups(give, self._room)
             return self._groups[action.stage.name]
+
+    def _room(self) -> int:
+        """How many groups may be on their way at once."""
+        return max(1, min(_AT_ONCE, _AHEAD * self._crew.threads))
 
     def _answered(self, orders: Sequence[Order], asked: Needs, places: list[str]) -> Sequence[Answer | None]:
         """What a worker answered to each; None where it has to be asked again."""

@@ -14,12 +14,13 @@ import pytest
 import stage_doubles
 from stage_doubles import double
 
-from pipeline.errors import ModelError, StageError, WorkerDiedError
+from pipeline.errors import ExecutorError, ModelError, StageError, WorkerDiedError
+from pipeline.executors.carrying import LARGE
 from pipeline.memoizer import Action
 from pipeline.processor import device
 from pipeline.stages import Home
 from pipeline.store import Store
-from tests.executors.places import Place, action, begun, ended, job, new_key
+from tests.executors.places import Place, action, begun, ended, new_key
 
 
 def test_a_stage_runs_in_another_process_and_its_outputs_are_in_the_store(place: Place) -> None:
@@ -161,15 +162,15 @@ def test_another_store_is_worked_for_by_the_same_means(place: Place, tmp_path: P
     key = new_key()
     first = place.perform(action(double(stage_doubles.echo)), key)
     made = replace(place.job, store=Store(tmp_path / "scratch", durable=False), remote=None, durable=False)
-    if place.text.startswith("tcp"):
-        made = job(tmp_path / "scratch", place.job.url)
     other = place.executor.beside(made)
-    x = made.store.put(b"only there")
-    entry = other.perform(Action(double(stage_doubles.echo), "cpu:add", {"x": x}), key, {})
-    if not place.text.startswith("tcp"):  # the remote has the first's, for whoever asks
-        assert made.store.get(entry.outputs["x"]) == b"only there"
-        assert place.store.get(entry.outputs["x"]) is None
+    inputs = {"x": made.store.put(b"only there"), "large": made.store.put(os.urandom(LARGE + 1))}
+    entry = other.perform(Action(double(stage_doubles.echo), "cpu:add", inputs), key, {})
+    for name, digest in inputs.items():
+        assert entry.outputs[name] == digest
+        assert place.store.get(digest) is None
     assert made.store.lookup(key) is not None
+    if place.job.remote is not None:
+        assert place.job.remote.lacks(entry.outputs.values()) == {entry.outputs["x"], entry.outputs["pid"]}
     other.stop()
     assert other.stopped
     assert place.perform(action(double(stage_doubles.echo)), key).outputs.keys() == first.outputs.keys()
@@ -179,3 +180,27 @@ def test_who_can_time_something_is_told(place: Place) -> None:
     here, elsewhere = place.executor.posts(device()), place.executor.posts("another")
     assert here == (("a", "b") if place.text.startswith("tcp") else ("this machine",))
     assert elsewhere == ("this machine",)
+    if place.text.startswith("tcp"):
+        assert place.executor.posts(device(), "cuda-sm_90") == ("a",)
+        assert place.executor.posts(device(), "nonesuch") == ()
+
+
+def test_the_post_that_is_named_performs_an_action(place: Place, tmp_path: Path) -> None:
+    made = replace(place.job, store=Store(tmp_path / "scratch", durable=False), remote=None, durable=False)
+    other = place.executor.beside(made)
+    names = other.posts(device())
+    by: dict[str, set[int]] = {}
+    for name in (*names, *names):
+        entry = other.perform(replace(action(double(stage_doubles.echo)), post=name), new_key(), {})
+        by.setdefault(name, set()).add(int(made.store.get(entry.outputs["pid"]) or b""))
+    other.stop()
+    assert len(by) == len(names)
+    assert not set.intersection(*by.values()) or len(names) == 1
+
+
+def test_what_a_label_is_of_is_told(place: Place) -> None:
+    if place.text.startswith("tcp"):
+        assert place.executor.serving("cuda-sm_90") == device()
+    with pytest.raises(ExecutorError, match="labelled nonesuch") as caught:
+        place.executor.serving("nonesuch")
+    assert "dask://" in caught.value.hint or "--label nonesuch" in caught.value.hint
