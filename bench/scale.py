@@ -11,6 +11,7 @@ stage would take on one core, and answers with blobs as large as the real ones.
     python -m bench.scale --workers 300 --drivers 2         two drivers, each with half of the operators
     python -m bench.scale --workers 300 --schedulers 2      … and each with its own scheduler and half of the workers
     python -m bench.scale --workers 300 --batch 64          larger batches
+    python -m bench.scale --workers 300 --together 16       16 candidates compiled by one order
     python -m bench.scale --claims 100 1000 10000           only this: requests to the remote for one claim
     python -m bench.scale --decisions                       only this: our scheduler alone
     python -m bench.scale --paper                           only this: what so many workers take, by arithmetic
@@ -55,7 +56,6 @@ from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
 from pipeline.store import ActionEntry, Store
 from pipeline.tuning import calls
-from pipeline.tuning.engine import compiled_at_once
 from pipeline.tuning.events import Event
 from pipeline.tuning.fakes import FakeEngine, MemoryLedger, Told
 from pipeline.tuning.night import Batch, Night
@@ -83,6 +83,7 @@ class Given:
     seconds: float = 30.0  # that are looked at, after `warm`
     warm: float = 20.0
     batch: int = 16
+    together: int = 1  # candidates that one order compiles
     speed: float = 1.0
     hosts: int = 2  # processes that hold the workers
     drivers: int = 1
@@ -315,16 +316,12 @@ class FakeWork:
         sums = {"busy": self._busy, "late": self._late, "used": len(self._used), "misplaced": self._misplaced}
         return {**sums, **self._orders, "orders": self._orders.total()}
 
-    async def perform(self, packed: bytes) -> list[bytes]:
-        from pipeline.executors.orders import unpacked
-
-        return [await self._performed(order) for order in unpacked(packed)]
-
-    async def _performed(self, order: Any) -> bytes:
+    async def perform(self, packed: bytes) -> bytes:
         from distributed import get_worker
 
-        from pipeline.executors.orders import Answer
+        from pipeline.executors.orders import Answer, Order
 
+        order: Order = pickle.loads(packed)
         action, worker = order.action, get_worker()
         wanted: Any = action.options["simulated"]
         begun, seconds = time.monotonic(), wanted["seconds"] / self._speed
@@ -351,7 +348,7 @@ class OrderingEngine(FakeEngine):
         self._given = given
         self._memoizer = memoizer
         self._meter = meter
-        self._compiling = ThreadPoolExecutor(compiled_at_once(memoizer.workers, self.workers))
+        self._compiling = ThreadPoolExecutor(self.workers)
         self._numbers = itertools.count()
         self._grounds: dict[str, tuple[Digest, ...]] = {}  # function, reference and baseline of each operator
         self._compiled: dict[str, dict[str, Digest]] = {}  # objects of the batches that are under way
@@ -394,7 +391,9 @@ class OrderingEngine(FakeEngine):
         listed = {"proposed": 200 * count}
         found = self._order(stages.SEARCH, operator, inputs, self._given.search * count, {**sizes, **listed})
         functions = [found.outputs[f"f{i}"] for i in range(count)]
-        objects = list(self._compiling.map(functools.partial(self._codegen, operator), functions))
+        some = _chunks(functions, self._given.together)
+        made = self._compiling.map(functools.partial(self._codegen, operator), some)
+        objects = [digest for each in made for digest in each]
         with self._meter.of("the fake engine"):
             batch = super().prepare(operator, standing, count)
         named = {each: objects[i % len(objects)] for i, each in enumerate(batch.candidates)}
@@ -402,9 +401,11 @@ class OrderingEngine(FakeEngine):
             self._compiled.setdefault(operator.key, {}).update(named)
         return batch
 
-    def _codegen(self, operator: Operator, function: Digest) -> Digest:
-        inputs, sizes = {"function": function}, {"object": self._given.object}
-        return self._order(stages.CODEGEN, operator, inputs, self._given.codegen, sizes).outputs["object"]
+    def _codegen(self, operator: Operator, functions: Sequence[Digest]) -> list[Digest]:
+        inputs = {"function" if not i else f"function{i}": each for i, each in enumerate(functions)}
+        sizes = {"object" if not i else f"object{i}": self._given.object for i in range(len(functions))}
+        made = self._order(stages.CODEGEN, operator, inputs, self._given.codegen * len(functions), sizes)
+        return [made.outputs[name] for name in sizes]
 
     def measure(self, operator: Operator, batch: Batch) -> list[Record]:
         with self._counting:
@@ -521,11 +522,12 @@ def _job(folder: Path, jobs: int) -> Any:
 def _meter_executor(meter: Meter, executor: Any, given: Given) -> None:
     """Names what a driver's processor time goes to, from the outside."""
     from pipeline.executors import driving
+    from pipeline.executors.orders import Order
 
     client = executor._cluster.client
     client.direct_to_workers = given.direct
     meter.wrap(client, "dask: submit", "submit")
-    meter.wrap(driving, "pickling", "packed")
+    meter.wrap(Order, "pickling", "packed")
     named: Any = driving
     named.pickle = SimpleNamespace(loads=meter.metered("pickling", pickle.loads), PicklingError=pickle.PicklingError)
     meter.wrap(executor, "dask: release", "_release")
@@ -825,7 +827,7 @@ def paper(given: Given, workers: int) -> tuple[float, ...]:
     dask's scheduler on their way in and on their way out."""
     size = given.batch
     seconds = size * (given.search + given.codegen + given.measure) + given.measure
-    orders = 1 + size + 1
+    orders = 1 + -(-size // given.together) + 1
     passed = given.function * (1 + 2 * size) + given.object * (2 * size + 2)
     batches = workers / seconds
     rates = (batches, batches * size, batches * orders, 2e-6 * batches * passed)
@@ -950,7 +952,7 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = Given()
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 100, 300, 1000])
-    for name in ("operators", "batch", "hosts", "drivers", "schedulers", "seed"):
+    for name in ("operators", "batch", "together", "hosts", "drivers", "schedulers", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
     parser.add_argument("--at-once", type=int, default=0, help="batches in preparation; 0: as the executor says")
     for name in ("seconds", "warm", "speed", "search", "codegen", "measure", "learn"):

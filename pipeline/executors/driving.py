@@ -3,8 +3,7 @@
     place    on this machine what reads the user's files or functions; elsewhere on a worker that fits, or on the one
              that is named
     carry    the inputs to the remote, or within the order, unless workers have this store's folder
-    submit   under "tvmake-<key>": the scheduler knows it by that, so that who asks for the same waits for the same.
-             What is for this run alone goes in groups where all workers are busy
+    submit   under "tvmake-<key>": the scheduler knows it by that, so that who asks for the same waits for the same
     take     the answer, and its blobs into the store
 
 A worker that dies has its work run elsewhere, by dask. A scheduler that is gone ends all of it: whoever waits is told.
@@ -17,7 +16,7 @@ import pickle
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,7 @@ from pipeline.executors.carrying import Carrier, Carries, Passer, require_remote
 from pipeline.executors.contract import HERE
 from pipeline.executors.crew import Crew
 from pipeline.executors.extra import ALLOWED_FAILURES
-from pipeline.executors.grouping import Groups
-from pipeline.executors.orders import Answer, Order, Way, packed
+from pipeline.executors.orders import Answer, Order, Way
 from pipeline.executors.placing import BASE, Needs, identities, needs
 from pipeline.stages import Kind
 from pipeline.store import ActionEntry
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 _LOOK = 1.0  # seconds between two looks at whether what was asked can still be answered
 _GRACE = 15.0  # seconds for which workers that were there may be gone: who watches over them starts them again
 _FORGET = 1.0
-_AHEAD = 2  # groups on their way for each thread of the workers': the next is there when one is done
 _AGAIN = 5  # times an action is given out, where it was not the action's fault that it came back
 _AT_ONCE = 256  # actions, at most: each is waited for in a thread
 
@@ -76,7 +73,6 @@ class DaskExecutor:
         self._changed = threading.Lock()
         self._waiting: set[threading.Event] = set()
         self._futures: set[Any] = set()
-        self._groups: dict[str, Groups] = {}  # by stage
         self._told: set[str] = set()
         # By device and label: when any was last there, and which.
         self._posts: dict[tuple[str, str], tuple[float, tuple[str, ...]]] = {}
@@ -100,16 +96,13 @@ class DaskExecutor:
             return self._here.perform(action, key, components)
         asked = needs(action, self._own)
         order = Order(action, key, components, self._way, dict(asked.identities))
-        for attempt in range(_AGAIN):
+        for _ in range(_AGAIN):
             places = self._placed(action, asked)
             if not places:
                 return self._here.perform(action, key, components)
             if self._carrier is not None:
                 order = replace(order, blobs=tuple(self._carrier.send(action.inputs.values())))
-            if attempt or not self._may_wait(order):
-                answer = self._answered([order], asked, places)[0]
-            else:
-                answer = self._groups_of(action).ask(order)
+            answer = self._answered(order, asked, places)
             if answer is not None and answer.result is not None:
                 return self._taken(order, answer)
         why = ": the remote does not keep what it is given" if answer is not None and answer.lacks else ""
@@ -235,48 +228,23 @@ class DaskExecutor:
 
     # giving out, and waiting
 
-    def _may_wait(self, order: Order) -> bool:
-        """Whether an order may go with others: it is nobody else's, and any worker will do."""
-        action = order.action
-        return bool(order.way.run) and not (action.post or action.needs or action.stage.alone)
-
-    def _groups_of(self, action: Action) -> Groups:
-        """Orders that the same workers can perform."""
-
-        def give(orders: Sequence[Order]) -> Sequence[Answer | None]:
-            asked = needs(orders[0].action, self._own)
-            places = self._placed(orders[0].action, asked)
-            return self._answered(orders, asked, places) if places else [None] * len(orders)
-
-        with self._changed:
-            if action.stage.name not in self._groups:
-                self._groups[action.stage.name] = Groups(give, self._room)
-            return self._groups[action.stage.name]
-
-    def _room(self) -> int:
-        """How many groups may be on their way at once."""
-        return max(1, min(_AT_ONCE, _AHEAD * self._crew.threads))
-
-    def _answered(self, orders: Sequence[Order], asked: Needs, places: list[str]) -> Sequence[Answer | None]:
-        """What a worker answered to each; None where it has to be asked again."""
-        action, done = orders[0].action, threading.Event()
-        restricted = [] if self._crew.is_all(places) and not action.post else places
+    def _answered(self, order: Order, asked: Needs, places: list[str]) -> Answer | None:
+        """What a worker answered; None where it has to be asked again."""
+        done = threading.Event()
+        restricted = [] if self._crew.is_all(places) and not order.action.post else places
         with self._changed:
             self._waiting.add(done)
         future = None
         try:
-            future = self._submitted(orders, asked, restricted)
+            future = self._submitted(order, asked, restricted)
             future.add_done_callback(lambda _: done.set())
-            answers = self._awaited(future, orders, asked, restricted, done)
-            for answer in answers:
-                self._note(answer)
-            return answers
+            return self._awaited(future, order, asked, restricted, done)
         finally:
             with self._changed:
                 self._waiting.discard(done)
                 self._futures.discard(future)
             if future is not None:
-                self._release(future, is_shared=orders[0].way.durable)
+                self._release(future, is_shared=order.way.durable)
 
     def _release(self, future: Any, is_shared: bool) -> None:
         """Has the scheduler forget an answer: until it is told, whoever asks again gets the same, not another."""
@@ -291,63 +259,58 @@ class DaskExecutor:
         while not others and future.key in client.futures and time.monotonic() < deadline and not self.stopped:
             time.sleep(0.001)
 
-    def _submitted(self, orders: Sequence[Order], asked: Needs, restricted: list[str]) -> Any:
+    def _submitted(self, order: Order, asked: Needs, restricted: list[str]) -> Any:
         from pipeline.executors.working import perform
 
-        action = orders[0].action
         wanted = dict.fromkeys((*asked.labels, *asked.slots), 1) or None
         try:
             future = self._cluster.client.submit(
                 perform,
-                packed(orders),
-                key=_task_of(orders),
+                order.packed(),
+                key=_task_of(order),
                 workers=restricted or None,
                 resources=wanted,
-                priority=int(action.stage.alone),  # what a machine is kept quiet for does not wait for the rest
+                priority=int(order.action.stage.alone),  # what a machine is kept quiet for does not wait for the rest
             )
         except (TypeError, AttributeError, pickle.PicklingError):
             raise  # what cannot be sent: the action's fault
         except Exception as error:
             self._lose(self._crew.gone(error))
-            self._require_running(action)
+            self._require_running(order.action)
             raise
         with self._changed:
             self._futures.add(future)
         return future
 
     def _awaited(
-        self, future: Any, orders: Sequence[Order], asked: Needs, restricted: list[str], done: threading.Event
-    ) -> Sequence[Answer | None]:
-        seen, action, again = time.monotonic(), orders[0].action, [None] * len(orders)
+        self, future: Any, order: Order, asked: Needs, restricted: list[str], done: threading.Event
+    ) -> Answer | None:
+        seen = time.monotonic()
         while not done.wait(_LOOK):
-            self._require_running(action)
+            self._require_running(order.action)
             if self._crew.has_any(restricted):
                 seen = time.monotonic()
-            elif time.monotonic() - seen > _GRACE or self._crew.fit(asked) or action.post:
+            elif time.monotonic() - seen > _GRACE or self._crew.fit(asked) or order.action.post:
                 # None of those that may run it is left: they are gone for good, or came back as others.
                 future.cancel()
-                if action.post:
-                    raise WorkerLostError(f"worker {action.post} went while it worked")
-                return again
-        self._require_running(action)
+                if order.action.post:
+                    raise WorkerLostError(f"worker {order.action.post} went while it worked")
+                return None
+        self._require_running(order.action)
         if future.status == "error":
-            if orders[1:]:
-                return again  # each by itself: then it is known whose fault it is
-            raise self._blamed(future.exception(timeout=_GRACE), orders[0])
+            raise self._blamed(future.exception(timeout=_GRACE), order)
         try:
-            return [pickle.loads(each) for each in future.result(timeout=_GRACE)]
+            answer: Answer = pickle.loads(future.result(timeout=_GRACE))
         except Exception:  # cancelled by another, or the worker that had it died just now
             self._crew.await_(lambda: self.stopped, _LOOK)
-            self._require_running(action)
-            return again
-
-    def _note(self, answer: Answer | None) -> None:
-        """Takes in what an answer says of who gave it."""
-        if answer is not None and answer.unfit:
+            self._require_running(order.action)
+            return None
+        if answer.unfit:
             self._tell_once(answer.unfit, answer.unfit)
             self._crew.refuse(answer.worker)
-        if answer is not None and answer.lacks and self._carrier is not None:
+        if answer.lacks and self._carrier is not None:
             self._carrier.forget(answer.lacks)
+        return answer
 
     def _blamed(self, error: BaseException, order: Order) -> Exception:
         """What it means that dask itself could not run a task."""
@@ -425,10 +388,9 @@ def _way(job: Job, cluster: Cluster) -> tuple[Way, Carries | None]:
     return Way(remote=job.url, run=secrets.token_hex(8), durable=False), Passer(job.store, carrier)
 
 
-def _task_of(orders: Sequence[Order]) -> str:
-    """What the scheduler knows orders by. What is for one run is nobody else's, and is not asked for twice at once."""
-    first = orders[0]
-    return f"tvmake-{first.key}{'' if first.way.durable else f'-{secrets.token_hex(8)}'}"
+def _task_of(order: Order) -> str:
+    """What the scheduler knows an order by. What is for one run of a driver is nobody else's."""
+    return f"tvmake-{order.key}{'' if order.way.durable else f'-{secrets.token_hex(8)}'}"
 
 
 def _leave_open() -> None:

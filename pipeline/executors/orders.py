@@ -10,7 +10,6 @@ scheduler never looks inside. User functions travel in an order only where the d
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +48,9 @@ class Order:
     wanted: dict[str, str]
     blobs: tuple[bytes, ...] = ()
 
+    def packed(self) -> bytes:
+        return pickle.dumps(self)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -69,13 +71,3 @@ class Answer:
             message = f"{self.result}\n(what it raised cannot be sent from one process to another: {error})"
             where = {"stage": order.action.stage.name, "subject": order.action.subject, "key": order.key}
             return pickle.dumps(Answer(StageError(message, **where), self.corrupt))
-
-
-def packed(orders: Sequence[Order]) -> bytes:
-    """Orders that one worker performs one after the other; each has an answer of its own."""
-    return pickle.dumps(tuple(orders))
-
-
-def unpacked(data: bytes) -> tuple[Order, ...]:
-    orders: tuple[Order, ...] = pickle.loads(data)
-    return orders

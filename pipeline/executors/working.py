@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pickle
 import signal
 import socket
 import threading
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ExecutorError, StageError, TvmakeError
 from pipeline.executors.crew import ANNOUNCED
-from pipeline.executors.orders import Answer, Order, Way, unpacked
+from pipeline.executors.orders import Answer, Order, Way
 from pipeline.executors.placing import MEASURE, Needs, Worker, identities, label_of, needs, unfit
 from pipeline.memoizer import Action, Floor, Memoizer, is_of
 from pipeline.processor import THREAD_VARIABLES, device
@@ -50,17 +51,13 @@ _SILENT_RUN = 600.0  # seconds after which a run may be over, when another begin
 _WANTED = ("executing", "long-running")  # states of a task that somebody waits for
 
 
-def perform(packed: bytes) -> list[bytes]:
-    """What the scheduler has a worker call: orders in, their answers out."""
+def perform(packed: bytes) -> bytes:
+    """What the scheduler has a worker call: an order in, its answer out."""
     from distributed import get_worker
 
-    worker, here = get_worker(), post()
-    task = str(worker.get_current_task())
-    answers: list[bytes] = []
-    for order in unpacked(packed):
-        answer = here.answer(order, worker, task) if not answers or here.is_wanted(task, worker) else Answer(None)
-        answers.append(answer.packed(order))
-    return answers
+    worker = get_worker()
+    order: Order = pickle.loads(packed)
+    return post().answer(order, worker, str(worker.get_current_task())).packed(order)
 
 
 @functools.cache
@@ -104,11 +101,6 @@ class Post:
         with self._changed:
             named = [f"{action.stage.name} of {action.subject}" for _, action in self._busy.values()]
         return {"doing": named, "done": self.done}
-
-    def is_wanted(self, task: str, worker: Any) -> bool:
-        """Whether anybody waits for a task of dask's."""
-        state = worker.state.tasks.get(task)
-        return state is not None and state.state in _WANTED
 
     def answer(self, order: Order, worker: Any, task: str) -> Answer:
         """Never raises what can be told in an answer."""
@@ -210,7 +202,8 @@ class Post:
             with self._changed:
                 busy = list(self._busy.items())
             for task, (process, _) in busy:
-                if not self.is_wanted(task, worker):
+                state = worker.state.tasks.get(task)
+                if state is None or state.state not in _WANTED:
                     self._dropped.add(task)
                     process.stop()
 

@@ -70,7 +70,6 @@ _log = logging.getLogger(__name__)
 BASELINE = "baseline"
 TUNED = "tuned"
 _SEEDS, _OTHER_SEEDS = (0, 1), (2, 3, 4)
-_GIVEN, _BATCH = 1024, 16  # candidates that are given elsewhere at most, and of about so many is a batch
 _TIDY = 600.0  # seconds after which what was made of a candidate is of no use
 _LESSON = 40  # candidates of an operator that are learnt from together
 _LONGER = 8  # times as long as a trial is timed, a retest is
@@ -124,7 +123,7 @@ class StageEngine:
         self._scratch = Scratch()
         self._memoizer = self._made_memoizer(jobs)
         self.workers = jobs or self._memoizer.workers.limit
-        self._compiling = ThreadPoolExecutor(compiled_at_once(self._memoizer.workers, self.workers), "compiling")
+        self._compiling = ThreadPoolExecutor(self.workers, "compiling")
         self._grounds: dict[str, _Ground] = {}
         self._grounding = threading.Lock()
         self._taken: set[str] = set()  # blobs of the user's store that are in the scratch store
@@ -561,13 +560,6 @@ class StageEngine:
         store = self._build.memoizer.store
         outputs = {"model": store.put(self._memoizer.blob(learnt))}
         store.commit(key, ActionEntry(stages.LEARN.name, {"cost model": space}, outputs, 0.0))
-
-
-def compiled_at_once(by: Executor, batches: int) -> int:
-    """How many candidates are given to be compiled where so many batches are in preparation. Elsewhere all of them, as
-    far as that can be, so that those that wait go out together."""
-    is_here = by.runs_here(Action(stages.CODEGEN, "a candidate"))
-    return batches if is_here else max(batches, min(_GIVEN, _BATCH * batches))
 
 
 def posts_of(target: Target, by: Executor) -> tuple[str, ...]:

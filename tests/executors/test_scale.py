@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("distributed")
@@ -49,6 +51,8 @@ def test_on_paper_a_batch_is_its_orders_and_its_blobs() -> None:
     assert figures["orders/batch"] == 1 + 4 + 1
     assert figures["kB/batch"] == pytest.approx((9 * 10 + 10 * 100) / 1000)
     assert figures["batches/s"] == pytest.approx(2.0)
+    together = dict(zip(scale.PAPER_HEADS, scale.paper(replace(given, together=4), 29), strict=True))
+    assert together["orders/batch"] == 3
 
 
 def test_a_claim_asks_the_remote_for_its_lease_and_its_lanes() -> None:
