@@ -45,6 +45,14 @@ from pipeline import DOIT_CONFIG, Model, Workspace  # noqa: F401
 
 workspace = Workspace(Model.onnx("model", "model.onnx"))
 """
+_TARGET = """\
+target = "native"
+order = ["rules", "default"]
+[check]
+enabled = false
+[measure]
+profile = false
+"""
 _PACE = 0.25  # real seconds of one second of the fake engine's costs
 
 
@@ -115,6 +123,7 @@ def compiling(model: str, workers: Sequence[int], repeat: int) -> None:
     with scratch() as place:
         (place.folder / "model.onnx").write_bytes(zoo.load(model).SerializeToString(deterministic=True))
         place.write(_DODO, check=False)
+        (place.folder / "targets" / "native.toml").write_text(_TARGET)
         place.doit("build").require_good()
         kept = Store(place.store)
         actions = _actions(place.folder, kept)

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from conftest import Done, WorkspaceFolder
+from test_lock import copied
 from test_tune import FEW, fill, implementations, lanes, plain, records, right, standings, tune
 
 from pipeline.store import Store
@@ -18,10 +19,10 @@ from pipeline.tuning.records import PreferredRecord, RetestRecord, TrialRecord, 
 ACTIVATIONS = ("Relu", "Sigmoid", "Tanh")  # an operator each
 
 
-@pytest.fixture
-def tuned(workspace: WorkspaceFolder) -> WorkspaceFolder:
+@pytest.fixture(scope="module")
+def tuned_once(new_workspace: Callable[[], WorkspaceFolder]) -> WorkspaceFolder:
     """Three operators, each tuned and built with the best that was found."""
-    return _tuned(workspace)
+    return _tuned(new_workspace())
 
 
 def _tuned(workspace: WorkspaceFolder, **environment: str) -> WorkspaceFolder:
@@ -30,6 +31,14 @@ def _tuned(workspace: WorkspaceFolder, **environment: str) -> WorkspaceFolder:
     tune(workspace, **environment).done.good()
     workspace.build(**environment).good()
     assert set(implementations(workspace).values()) == {"tuned"}
+    return workspace
+
+
+@pytest.fixture
+def tuned(tuned_once: WorkspaceFolder, new_workspace: Callable[[], WorkspaceFolder]) -> WorkspaceFolder:
+    """The same in a copy of its own, with a copy of the store."""
+    workspace = copied(tuned_once, new_workspace()).workspace
+    workspace.build().good()
     return workspace
 
 
@@ -278,7 +287,7 @@ def test_what_another_compiler_found_and_is_wrong_now_does_not_win(tuned: Worksp
 
 
 # Whoever asks for the digest of what it makes gets that of the function that was tuned.
-WRONG = '''
+WRONG = """
 _make = Lanes.make
 
 
@@ -298,4 +307,4 @@ def make(self, func, target, tile):
 
 
 Lanes.make = make
-'''
+"""

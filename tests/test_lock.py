@@ -415,10 +415,10 @@ def test_an_operator_without_a_line(machine: Machine) -> None:
     ("change", "said"),
     [
         ({"candidate": "0" * 64}, "is neither here nor on a remote"),
-        ({"function": "0" * 64}, "another function of it than the locked one"),
-        ({"use": "onednn"}, "onednn is not in the order of targets/native.toml"),
+        pytest.param({"function": "0" * 64}, "another function of it than the locked one", marks=pytest.mark.slow),
+        pytest.param({"use": "onednn"}, "onednn is not in the order of targets/native.toml", marks=pytest.mark.slow),
         ({"use": "default"}, "another function of it than the locked one"),
-        ({"workload": "0" * 64}, "is not in tuning.lock"),
+        pytest.param({"workload": "0" * 64}, "is not in tuning.lock", marks=pytest.mark.slow),
     ],
 )
 def test_a_line_that_cannot_be_followed(locked: Machine, change: dict[str, str], said: str) -> None:

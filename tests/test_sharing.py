@@ -123,7 +123,11 @@ def test_a_shared_folder_needs_no_network(folder: dict[str, str], machines: Mach
     assert other.artifact() == one.artifact()
 
 
-@pytest.mark.parametrize("remote", KINDS, indirect=True)
+@pytest.mark.parametrize(
+    "remote",
+    ["folder", "gateway", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nginx", "casd"))],
+    indirect=True,
+)
 def test_what_differs_is_compiled_and_nothing_else(remote: dict[str, str], machines: Machines) -> None:
     one, other = machines(remote), machines(remote, "Exp")
     one.build().good()
@@ -218,7 +222,10 @@ def test_reading_without_credentials_and_writing_with(machines: Machines, tmp_pa
         assert not machines(anonymous).build(forbid_tvm=True).good().ran
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "html", "swapped", "removed"])
+@pytest.mark.parametrize(
+    "how",
+    ["flipped", "swapped", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncated", "html", "removed"))],
+)
 def test_a_remote_that_was_tampered_with_gives_nothing_wrong(
     folder: dict[str, str], machines: Machines, tmp_path: Path, how: str
 ) -> None:
@@ -565,7 +572,9 @@ def test_entries_that_no_stage_would_make_are_made_again(
     assert other.artifact() == one.artifact()
 
 
-@pytest.mark.parametrize("stage", ["apply", "extract", "codegen"])
+@pytest.mark.parametrize(
+    "stage", ["extract", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("apply", "codegen"))]
+)
 def test_blobs_that_make_no_sense_are_told_of_without_a_traceback(
     folder: dict[str, str], machines: Machines, tmp_path: Path, stage: str
 ) -> None:

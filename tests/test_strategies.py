@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import models
@@ -114,8 +115,15 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("planted", PLANTED)
-@pytest.mark.parametrize("select", ["first", "fastest"])
+def _each_planted() -> Iterator[Any]:
+    """Each in one way by default, by turns; the other way is slow."""
+    for i, planted in enumerate(PLANTED):
+        for j, select in enumerate(("first", "fastest")):
+            marks = [pytest.mark.slow] if (i + j) % 2 else []
+            yield pytest.param(planted, select, marks=marks, id=f"{select}-{planted}")
+
+
+@pytest.mark.parametrize(("planted", "select"), _each_planted())
 def test_what_is_planted_is_refused_by_name_and_never_linked(dense: WorkspaceFolder, planted: str, select: str) -> None:
     source, said = PLANTED[planted]
     dense.write("strategies/mine.py", source)

@@ -769,13 +769,14 @@ def test_records_of_another_target_or_device_are_not_used(
 # Several machines.
 
 
+@pytest.mark.parametrize("tiles", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_two_machines_tune_through_a_remote_and_never_the_same_candidate(
-    new_workspace: Callable[[], WorkspaceFolder], tmp_path: Path
+    new_workspace: Callable[[], WorkspaceFolder], tmp_path: Path, tiles: list[list[int]]
 ) -> None:
     remote = {"TVMAKE_REMOTE": (tmp_path / "shared").as_uri()}
     one, other, third = (new_workspace() for _ in range(3))
     for workspace in (one, other, third):
-        fill(workspace, "Relu", "Sigmoid", space=lanes(MANY))
+        fill(workspace, "Relu", "Sigmoid", space=lanes(tiles))
     with running(one, **remote) as first, running(other, **remote) as second:
         nights = [finish(first), finish(second)]
     for night in nights:
@@ -784,7 +785,7 @@ def test_two_machines_tune_through_a_remote_and_never_the_same_candidate(
     assert set(implementations(third).values()) == {"tuned"}
     right(third, relu, sigmoid)
     require_nothing_timed_twice(third)
-    assert timed_in_all(third) == sum(night.ended["timed"] for night in nights) == 2 * len(MANY)
+    assert timed_in_all(third) == sum(night.ended["timed"] for night in nights) == 2 * len(tiles)
     idle(third, **remote)
 
 

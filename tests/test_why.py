@@ -492,7 +492,6 @@ def test_the_lock_changed_and_with_it_what_an_operator_runs_on(workspace: Worksp
     locks = []
     for strategy in ("rules", "default"):
         target(strategy)
-        workspace.build().good()
         workspace.doit("lock").good()
         locks.append((workspace.folder / "tuning.lock").read_text())
     target("rules", "default")

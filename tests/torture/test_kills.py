@@ -126,7 +126,7 @@ def torture(place: Place, undisturbed: Undisturbed, kills: int, seed: int) -> Co
 
 
 def test_a_killed_build_is_taken_up_by_the_next(place: Place, undisturbed: Undisturbed) -> None:
-    torture(place, undisturbed, 6, seed=1)
+    torture(place, undisturbed, len(KINDS), seed=1)
 
 
 @pytest.mark.slow
