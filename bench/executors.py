@@ -6,14 +6,16 @@
     python -m bench.executors compiling --model densenet121 --repeat 5
 
 Waiting goes all the way: our night, scheduler and executor, dask, a worker's process, and in it a stage that sleeps for
-as long as the real one takes. Compiling begins with processes that have imported TVM. Turns of one, two and more
-workers follow one another, and the best turn of each is shown.
+as long as the real one takes. Compiling begins with processes that have imported TVM; beside it stands what as many
+processes come to that only count, as two processors of a shared machine are seldom worth twice one. Turns of one, two
+and more workers follow one another, and the best turn of each is shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import tempfile
 import time
@@ -53,6 +55,7 @@ enabled = false
 [measure]
 profile = false
 """
+_COUNTING = 3.0  # seconds
 _PACE = 0.25  # real seconds of one second of the fake engine's costs
 
 
@@ -128,12 +131,29 @@ def compiling(model: str, workers: Sequence[int], repeat: int) -> None:
         kept = Store(place.store)
         actions = _actions(place.folder, kept)
         best: dict[int, float] = {}
+        plain: dict[int, float] = {}
         for _ in range(repeat):
             for count in workers:
                 best[count] = max(best.get(count, 0.0), _rate(kept, actions, count))
-    rows = [(count, rate, rate / best[workers[0]]) for count, rate in best.items()]
-    columns = ("workers", "operators/s", f"times {workers[0]}")
+                plain[count] = max(plain.get(count, 0.0), _counted(count))
+    first = workers[0]
+    rows = [(count, best[count], best[count] / best[first], plain[count] / plain[first]) for count in workers]
+    columns = ("workers", "operators/s", f"times {first}", "plain processes")
     table(f"dask-local, {len(actions)} operators of {model} compiled, {os.cpu_count()} cores", columns, rows)
+
+
+def _counted(processes: int) -> float:
+    """What so many processes that only count come to in a second: what more of them can be worth on this machine now."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return float(sum(pool.map(_count, [_COUNTING] * processes, chunksize=1))) / _COUNTING
+
+
+def _count(seconds: float) -> int:
+    rounds, until = 0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        sum(number * number for number in range(2000))
+        rounds += 1
+    return rounds
 
 
 def _actions(folder: Path, store: Store) -> list[Action]:
