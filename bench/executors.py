@@ -143,7 +143,7 @@ def compiling(model: str, workers: Sequence[int], repeat: int) -> None:
 
 
 def _counted(processes: int) -> float:
-    """What so many processes that only count come to in a second: what more of them can be worth on this machine now."""
+    """What so many processes that only count come to in a second: what more of them can be worth here and now."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return float(sum(pool.map(_count, [_COUNTING] * processes, chunksize=1))) / _COUNTING
 
@@ -195,7 +195,7 @@ def _copy(kept: Store, store: Store, digest: Digest) -> None:
 
 
 def _compile(executor: Executor, action: Action, turn: str) -> None:
-    executor.perform(action, key_of({"action": action.components(detect()), "turn": turn}), {})
+    executor.perform(action, key_of({"function": action.inputs["function"].hash, **action.options, "turn": turn}), {})
 
 
 def _parsed() -> argparse.Namespace:

@@ -248,16 +248,14 @@ class DaskExecutor:
 
     def _release(self, future: Any, is_shared: bool) -> None:
         """Has the scheduler forget an answer: until it is told, whoever asks again gets the same, not another."""
-        client = self._cluster.client
-        with contextlib.suppress(Exception):
-            future.release()
-        if not is_shared:
-            return
-        deadline = time.monotonic() + _FORGET
         with self._changed:
             others = any(each.key == future.key for each in self._futures)
-        while not others and future.key in client.futures and time.monotonic() < deadline and not self.stopped:
-            time.sleep(0.001)
+        with contextlib.suppress(Exception):
+            future.release()
+            if is_shared and not others:
+                told = threading.Event()
+                self._cluster.client.loop.add_callback(told.set)  # after what the release has put there
+                told.wait(_FORGET)
 
     def _submitted(self, order: Order, asked: Needs, restricted: list[str]) -> Any:
         from pipeline.executors.working import perform
