@@ -299,7 +299,7 @@ class Dispatcher:
 
     def _packing_there(self, workload: Workload, packed: Packed) -> Digest:
         """The object of what lays out a weight, for where candidates are tried: in a model that happens here."""
-        if self.target.measured_on is not MeasuredOn.LOCAL:
+        if self.target.measured_on in (MeasuredOn.RPC, MeasuredOn.WORKER):
             return self._compiled_as(workload, packed.function, symbol_of(packed.function.hash)).object
         return self.run(self.packing(workload, packed)).outputs["object"]
 

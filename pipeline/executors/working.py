@@ -47,7 +47,7 @@ LABELS = "TVMAKE_LABELS"  # words, in the environment of a worker
 NAME = "TVMAKE_WORKER_NAME"
 _WATCH = 0.25  # seconds
 _OLD = 3600.0  # seconds after which a blob of a run is no action's any more; it comes again where it is wanted
-_SILENT_RUN = 600.0  # seconds after which a run may be over, when another begins
+_SILENT_RUN = 3600.0  # seconds after which a run is over, when another begins: longer than any action takes
 _WANTED = ("executing", "long-running")  # states of a task that somebody waits for
 
 
