@@ -10,6 +10,7 @@
     │   └── CheckError       the artifact and the reference disagree
     ├── NotBuiltError        a stage would have to run, where nothing may
     ├── ExecutorError        the machines that were to run stages are not there, or cannot
+    │   └── WorkerLostError  the one worker that was to run it is gone
     ├── DeviceError          a device that candidates are measured on, or its tracker, does not do its part
     ├── StoreError           the store cannot be used as it is: format, permissions, space
     │   └── RemoteError      a remote store does not do its part; `trouble` tells why

@@ -205,6 +205,7 @@ STAYS_OUT: dict[str, list[Any]] = {
     "timeout": [11.0],
     "places": [{"path": "elsewhere"}],
     "needs": [("llvm-znver5",)],
+    "post": ["tcp://10.0.0.1:40000"],
 }
 STAGE_ENTERS = {"name": ["other"], "version": [2], "kind": [Kind.DECISION], "tools": [(), ("cc",), ("tvm", "cc")]}
 STAGE_STAYS_OUT: dict[str, list[Any]] = {"home": [Home.FRESH, Home.INLINE], "alone": [True], "makes": [("object",)]}
