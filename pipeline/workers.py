@@ -23,13 +23,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from pipeline import notices
 from pipeline.errors import ExecutorError, SetupError, StageError, WorkerDiedError
-from pipeline.executors.contract import HERE
+from pipeline.executors.contract import HERE, Say, warn
 from pipeline.stages import Home
 from pipeline.store import ActionEntry
 
@@ -53,8 +53,11 @@ class Workers:
     Every method may be called from any thread.
     """
 
-    def __init__(self, root: Path, limit: int, temporary: Path | None = None, *, durable: bool = True) -> None:
+    def __init__(
+        self, root: Path, limit: int, temporary: Path | None = None, *, durable: bool = True, say: Say = warn
+    ) -> None:
         self.limit = limit
+        self.say = say  # told what a stage tells while it runs: see pipeline.notices
         self._temporary = temporary
         self._durable = durable
         self._root = root
@@ -64,7 +67,6 @@ class Workers:
         self._all: set[_Worker] = set()
         self._changed = threading.Condition()
         self._stopped = False
-        self.say: Callable[[str], None] = print  # of processes of this machine there is nothing to tell
         self.corrupt = 0  # files of the store, members of sets among them, that workers found damaged and set aside
 
     def perform(self, action: Action, key: str, components: dict[str, object]) -> ActionEntry:
@@ -79,7 +81,7 @@ class Workers:
         home = action.stage.home
         worker = self._borrow(home)
         try:
-            result, corrupt = worker.call(request, action.timeout)
+            result, corrupt = worker.call(request, action.timeout, lambda said: self.say(f"{action.subject}: {said}"))
         except EOFError:
             self._discard(worker)
             raise self._obituary(worker, action, key) from None
@@ -110,7 +112,7 @@ class Workers:
         )
 
     def beside(self, job: Job) -> Workers:
-        return Workers(job.store.root, job.jobs, job.temporary, durable=job.durable)
+        return Workers(job.store.root, job.jobs, job.temporary, durable=job.durable, say=job.say)
 
     @property
     def stopped(self) -> bool:
@@ -235,8 +237,9 @@ class _Worker:
         """Whether an idle worker can be used: it has nothing to say unless its end of the pipe is closed."""
         return self._process.poll() is None and not self._pipe.poll()
 
-    def call(self, request: bytes, timeout: float) -> tuple[object, int]:
-        """What the stage made or raised, and how many files of the store were found damaged.
+    def call(self, request: bytes, timeout: float, say: Say) -> tuple[object, int]:
+        """What the stage made or raised, and how many files of the store were found damaged. `say` is told meanwhile
+        what the stage tells.
 
         Raises EOFError where the process died or ran past the limit; how it ended is then known.
         """
@@ -244,9 +247,13 @@ class _Worker:
         os.ftruncate(self._log.fileno(), 0)
         try:
             self._pipe.send_bytes(request)
-            self._await_answer(timeout)
-            answer: tuple[object, int] = pickle.loads(self._pipe.recv_bytes())
-            return answer
+            until = time.monotonic() + timeout
+            while True:
+                self._await_answer(max(0.0, until - time.monotonic()))
+                answer: str | tuple[object, int] = pickle.loads(self._pipe.recv_bytes())
+                if not isinstance(answer, str):
+                    return answer
+                say(answer)
         except (OSError, EOFError) as error:
             if not self.timed_out:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -310,6 +317,7 @@ def serve(pipe: Connection, root: Path, durable: bool) -> None:
     from pipeline.store import Store
 
     store = Store(root, durable=durable)
+    notices.listen(lambda sentence: pipe.send_bytes(pickle.dumps(sentence)))
     while True:
         try:
             action, key, components = pickle.loads(pipe.recv_bytes())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ModelError
+from pipeline.notices import Wait
 from pipeline.stages import Home, Inputs, Kind, Options, Outputs, Run, Stage
 
 
@@ -40,6 +41,14 @@ class UnsendableError(ModelError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.held = lambda: None
+
+
+def wait_aloud(inputs: Inputs, options: Options) -> Outputs:
+    """Says twice that it waits, the second time too soon after the first."""
+    wait = Wait(first=0.0)
+    for name in ("rain", "snow"):
+        wait.tell(f"waiting for {name}")
+    return {"done": b"1"}
 
 
 def echo(inputs: Inputs, options: Options) -> Outputs:

@@ -1,26 +1,31 @@
 """Has a device asked what it is: workers of a cluster have said it already; a device behind a tracker is asked by a
 child, as this process must not load TVM.
 
-python -m pipeline.devices.asking DEVICE TRIPLE    the child: JSON in, one line of JSON out
+python -m pipeline.devices.asking DEVICE TRIPLE    the child: JSON in, lines of JSON out, of which the last is the
+answer, and those before it say what is waited for
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from pipeline import notices
 from pipeline.config import Device
 from pipeline.devices import identity
 from pipeline.errors import DeviceError, ExecutorError, TvmakeError
 
 if TYPE_CHECKING:
     from pipeline.executors import Executor
+    from pipeline.executors.contract import Say
+
+_SAID, _WAITS = "said", "waits"
 
 
 def require_known(device: Device, triple: str, by: Executor) -> None:
@@ -29,7 +34,7 @@ def require_known(device: Device, triple: str, by: Executor) -> None:
     if device.label:
         _require_known_worker(device, by)
     elif identity.said(device) is None:
-        ask(device, triple)
+        ask(device, triple, by.say)
 
 
 def _require_known_worker(device: Device, by: Executor) -> None:
@@ -49,34 +54,58 @@ def _require_known_worker(device: Device, by: Executor) -> None:
         )
 
 
-def ask(device: Device, triple: str) -> str:
+def ask(device: Device, triple: str, say: Say) -> str:
     """What the device says of itself, now remembered. Raises DeviceError where none comes."""
     # The child finds this package where the parent found it, installed or not.
     package = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pipeline.devices.asking", msgspec.json.encode(device).decode(), triple]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    answer: dict[str, str] = {}
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        ) as child,
+    ):
+        assert child.stdout is not None
+        for line in child.stdout:
+            answer = _read(line)
+            if _WAITS in answer:
+                say(answer[_WAITS])
+        child.wait()
+        log.seek(0)
+        last = (log.read().strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+    if _SAID in answer:
+        return answer[_SAID]
+    if "message" in answer:
+        raise DeviceError(answer["message"], hint=answer["hint"])
+    raise DeviceError(f"the device {device.key} could not be asked what it is: {last}")
+
+
+def _read(line: str) -> dict[str, str]:
     try:
-        answer = json.loads(done.stdout)
-    except ValueError as error:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise DeviceError(f"the device {device.key} could not be asked what it is: {last}") from error
-    if "said" in answer:
-        return str(answer["said"])
-    raise DeviceError(answer["message"], hint=answer["hint"])
+        return msgspec.json.decode(line, type=dict[str, str])
+    except msgspec.MsgspecError:
+        return {}  # not ours: a library's, say
+
+
+def _tell(**answer: str) -> None:
+    print(msgspec.json.encode(answer).decode(), flush=True)
 
 
 def _main(written: str, triple: str) -> None:
     from pipeline.devices import rpc
 
-    answer: dict[str, str]
+    notices.listen(lambda sentence: _tell(**{_WAITS: sentence}))
     try:
-        answer = {"said": rpc.ask(msgspec.json.decode(written, type=Device), triple)}
+        _tell(**{_SAID: rpc.ask(msgspec.json.decode(written, type=Device), triple)})
     except TvmakeError as error:
-        answer = {"message": error.message, "hint": error.hint}
-    print(json.dumps(answer))
+        _tell(message=error.message, hint=error.hint)
 
 
 if __name__ == "__main__":

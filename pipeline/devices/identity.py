@@ -20,6 +20,7 @@ from pathlib import Path
 from pipeline.config import Device, TargetFile
 from pipeline.errors import explain_os_error
 from pipeline.hashing import key_of
+from pipeline.notices import Wait
 from pipeline.processor import device as this_machine
 from pipeline.store import Store, default_root
 from pipeline.store.files import written_atomically
@@ -72,7 +73,9 @@ def slot(device: Device) -> Iterator[None]:
     folder, name = _made_folder(), _name(device)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(folder / f"{name}.{n}", "a")) for n in range(device.parallel)]
+        waiting = Wait()
         while not any(map(_is_locked, files)):
+            waiting.tell(f"waiting for the device {device.key}: {device.parallel} at once (device.parallel) are in use")
             time.sleep(_LOOK)
         yield
 

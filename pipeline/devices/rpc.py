@@ -23,6 +23,7 @@ from pipeline.devices.contract import At, LostError, RefusedError
 from pipeline.devices.tracker import Address, Standing, Tracker, serve
 from pipeline.errors import DeviceError, TvmakeError
 from pipeline.measuring import Comparison, Contender, Expected, expected_of, watched
+from pipeline.notices import Wait
 from pipeline.types import Cause, TensorSpec, Terms, Trial
 
 if TYPE_CHECKING:
@@ -235,12 +236,19 @@ def _address(losses: Losses) -> Address:
     until = time.monotonic() + wait
     standings: dict[str, Standing] = {}
     was_there = losses.count > 0 or device in _served
+    waiting = Wait()
+
+    def tell() -> None:
+        place = f"the device {device.key} at the RPC tracker {device.tracker}"
+        waiting.tell(f"waiting up to {wait:g} s for {place}: {_who_is_there(standings.get(device.key))}")
+
     while True:
         try:
             with Tracker(device.tracker) as tracker:
                 standings, was_there = tracker.standings(), True
                 is_heard_of = losses.count > 0 or _is_heard_of(device, standings)
-                if is_heard_of and (found := tracker.request(device.key, until - time.monotonic())) is not None:
+                left = until - time.monotonic()
+                if is_heard_of and (found := tracker.request(device.key, left, tell)) is not None:
                     return found
         except DeviceError:
             # A tracker that was there a moment ago may come back; one that never was is not waited for.
@@ -252,6 +260,7 @@ def _address(losses: Losses) -> Address:
         if time.monotonic() > until:
             _given_up.add(device)
             raise _away(device, wait, standings)
+        tell()
         time.sleep(_AGAIN)
 
 
@@ -268,9 +277,14 @@ def _unheard_of(device: Device, standings: dict[str, Standing]) -> DeviceError:
     )
 
 
+def _who_is_there(known: Standing | None) -> str:
+    if known is None or not known.total:
+        return "none is there"
+    return "the one that is there is busy" if known.total == 1 else f"all {known.total} that are there are busy"
+
+
 def _away(device: Device, waited: float, standings: dict[str, Standing]) -> DeviceError:
-    known = standings.get(device.key, Standing(0, 0, 0))
-    they = f"{known.total} are there, and all are busy" if known.total else "none is there"
+    they = _who_is_there(standings.get(device.key))
     return DeviceError(
         f"no device {device.key} came free at the RPC tracker {device.tracker} within {waited:g} s: {they}",
         hint=f"{serve(device.tracker, device.key)}; or raise device.wait in the target's file; nothing was recorded",

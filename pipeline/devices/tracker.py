@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,10 @@ _REQUEST, _SUMMARY = 4, 6  # of tvm.rpc.base.TrackerCode
 _SUCCESS = 0
 _LARGEST = 1 << 24  # bytes that an answer may have: what says more is no tracker
 _CONNECTING = 3.0  # seconds
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,9 @@ class Tracker:
         found = {key: Standing(servers.count(key), *queues.get(key, (0, 0))) for key in {*servers, *queues}}
         return {key: found[key] for key in sorted(found)}
 
-    def request(self, key: str, patience: float) -> Address | None:
-        """The address of a device that is free, waited for so many seconds at most; None where none came.
+    def request(self, key: str, patience: float, meanwhile: Callable[[], None] = _nothing) -> Address | None:
+        """The address of a device that is free, waited for so many seconds at most; None where none came. Calls
+        `meanwhile` every second.
 
         Afterwards the connection is of no more use where it is None: the tracker would answer it later.
         """
@@ -94,6 +100,7 @@ class Tracker:
             while not select.select([self._socket], [], [], max(0.0, min(1.0, until - time.monotonic())))[0]:
                 if time.monotonic() > until:
                     return None
+                meanwhile()
             host, port, match = self._answer()
             return Address(str(host), int(port), str(match))
         except OSError as error:

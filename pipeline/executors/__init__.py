@@ -17,14 +17,13 @@ runs the contract's suite over it.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
-from pipeline.executors.contract import Executor, Say
+from pipeline.executors.contract import Executor, Say, warn
 
 if TYPE_CHECKING:
     from pipeline.remotes.cache import RemoteCache
@@ -44,10 +43,6 @@ _OPENERS: Mapping[str, str] = {
 }
 
 
-def _printed(sentence: str) -> None:
-    print(f"WARNING {sentence}", file=sys.stderr)
-
-
 @dataclass(frozen=True)
 class Job:
     """What an executor works for: a store, the remote behind it, and this machine's own processes beside it.
@@ -65,7 +60,7 @@ class Job:
     url: str = ""
     temporary: Path | None = None
     durable: bool = True
-    say: Say = field(default=_printed)
+    say: Say = field(default=warn)
 
 
 def open_executor(text: str, job: Job) -> Executor:
@@ -78,7 +73,7 @@ def open_executor(text: str, job: Job) -> Executor:
     if not text or text == "local":
         from pipeline.workers import Workers
 
-        return Workers(job.store.root, job.jobs, job.temporary, durable=job.durable)
+        return Workers(job.store.root, job.jobs, job.temporary, durable=job.durable, say=job.say)
     if scheme not in _OPENERS or not colon:
         known = "local, dask://HOST:PORT, dask-local:WORKERS, slurm:OPTIONS (or pbs, sge, lsf, oar, moab, htcondor)"
         raise ConfigError(f"there is no executor {text!r}", hint=f"what is known: {known}")

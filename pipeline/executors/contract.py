@@ -17,6 +17,7 @@ several times, with the same result. tests/executors runs one suite over every e
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 HERE = "this machine"  # the post of an executor that has no other
+
+
+def warn(sentence: str) -> None:
+    """Where nobody else shows what is said."""
+    print(f"WARNING {sentence}", file=sys.stderr)
 
 
 class Executor(Protocol):

@@ -69,7 +69,9 @@ class DaskExecutor:
         self._cluster = cluster
         self._way, self._carrier = _way(job, cluster)
         self._own = identities(job.toolchain)
-        self._here = Workers(job.store.root, job.jobs, job.temporary, durable=job.durable)
+        self._here = Workers(
+            job.store.root, job.jobs, job.temporary, durable=job.durable, say=lambda sentence: self.say(sentence)
+        )
         self._changed = threading.Lock()
         self._waiting: set[threading.Event] = set()
         self._futures: set[Any] = set()
