@@ -40,7 +40,7 @@ from pipeline.store import Store
 from pipeline.toolchain import detect
 from pipeline.tuning.fakes import NO_FAULTS, MemoryLedger, Told, WaitingEngine
 from pipeline.tuning.night import Night
-from pipeline.tuning.scheduler import Terms
+from pipeline.tuning.states import Terms
 
 _DODO = """\
 from pipeline import DOIT_CONFIG, Model, Workspace  # noqa: F401

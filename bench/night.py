@@ -27,7 +27,8 @@ from pipeline.tuning import scheduler as scheduling
 from pipeline.tuning.events import Event, Measured
 from pipeline.tuning.fakes import NO_FAULTS, FakeEngine, MemoryLedger, Simulated, Told, WaitingEngine, operator
 from pipeline.tuning.night import Night
-from pipeline.tuning.scheduler import Operator, Scheduler, State, Terms, Turn
+from pipeline.tuning.scheduler import Scheduler, Turn
+from pipeline.tuning.states import Operator, State, Terms
 
 HOUR = 3600.0
 STEP = HOUR / 2

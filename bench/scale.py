@@ -60,7 +60,8 @@ from pipeline.tuning.events import Event
 from pipeline.tuning.fakes import FakeEngine, MemoryLedger, Told
 from pipeline.tuning.night import Batch, Night
 from pipeline.tuning.records import Outcome, Record, Standing, TrialRecord
-from pipeline.tuning.scheduler import Operator, Scheduler, Terms
+from pipeline.tuning.scheduler import Scheduler
+from pipeline.tuning.states import Operator, Terms
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.tuning.ledger import Ledger
     from pipeline.tuning.night import Night
     from pipeline.tuning.operators import Left
-    from pipeline.tuning.scheduler import Operator, Terms
+    from pipeline.tuning.states import Operator, Terms
 
 NOTHING_MEASURED, VALIDATION_FAILED = 3, 4
 

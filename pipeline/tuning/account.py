@@ -25,7 +25,8 @@ from pipeline.tuning.events import (
 )
 from pipeline.tuning.posts import Post
 from pipeline.tuning.records import Outcome, Record, TrialRecord, ratio
-from pipeline.tuning.scheduler import Operator, Scheduler, State, Why
+from pipeline.tuning.scheduler import Scheduler
+from pipeline.tuning.states import Operator, State, Why
 
 POST_LOST = "post lost"  # among the failures of a night
 

@@ -22,7 +22,8 @@ from pipeline.tuning.account import Account
 from pipeline.tuning.calls import Calls
 from pipeline.tuning.posts import Post
 from pipeline.tuning.records import Outcome, Record, RetestRecord, Standing, TrialRecord, ratio
-from pipeline.tuning.scheduler import Operator, Scheduler, State, Terms, Turn, Why
+from pipeline.tuning.scheduler import Scheduler, Turn
+from pipeline.tuning.states import Operator, State, Terms, Why
 
 T = TypeVar("T")
 Course = Generator[Future[Any], None, T]

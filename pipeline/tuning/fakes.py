@@ -41,7 +41,7 @@ from pipeline.tuning.records import (
     TrialRecord,
     standing,
 )
-from pipeline.tuning.scheduler import Operator
+from pipeline.tuning.states import Operator
 from pipeline.types import Workload
 
 T = TypeVar("T")

@@ -13,7 +13,8 @@ from pipeline.errors import TvmakeError
 from pipeline.manifests import read_manifest
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.operators import Left, Model, chosen
-from pipeline.tuning.scheduler import Operator, Scheduler, Terms
+from pipeline.tuning.scheduler import Scheduler
+from pipeline.tuning.states import Operator, Terms
 from pipeline.types import Workload
 
 if TYPE_CHECKING:

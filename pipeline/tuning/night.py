@@ -38,7 +38,8 @@ from pipeline.tuning.calls import Calls, InTurn, Threads
 from pipeline.tuning.events import End, Ended, Watcher
 from pipeline.tuning.posts import Post, Posts
 from pipeline.tuning.records import CompletedRecord, Outcome
-from pipeline.tuning.scheduler import Operator, Scheduler, State, Terms, Turn, Why
+from pipeline.tuning.scheduler import Scheduler, Turn
+from pipeline.tuning.states import Operator, State, Terms, Why
 
 _POLL = 0.1  # seconds until a stop is seen while something is waited for
 _ELSEWHERE = 0.5  # seconds until operators that another run has are asked for again

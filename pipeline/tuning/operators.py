@@ -16,8 +16,8 @@ from pipeline.devices.identity import device_of
 from pipeline.platforms import triple_of
 from pipeline.store import Store, default_root
 from pipeline.tuning.ledger import Ledger
-from pipeline.tuning.scheduler import Operator
 from pipeline.tuning.staleness import Present, is_to_go_on, reasons
+from pipeline.tuning.states import Operator
 from pipeline.tuning.summaries import Summaries
 from pipeline.types import Manifest, Plan, Profile, Workload
 

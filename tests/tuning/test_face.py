@@ -28,7 +28,8 @@ from pipeline.tuning.events import (
 )
 from pipeline.tuning.fakes import Curve, FakeEngine, Faults, MemoryLedger, Simulated, Told, operator
 from pipeline.tuning.night import Night
-from pipeline.tuning.scheduler import Scheduler, Terms
+from pipeline.tuning.scheduler import Scheduler
+from pipeline.tuning.states import Terms
 
 CONV = Figures(
     operator="native:conv-1",

@@ -24,7 +24,7 @@ from pipeline.tuning.fakes import (
 )
 from pipeline.tuning.night import Batch, Night
 from pipeline.tuning.records import ExhaustedRecord, Outcome, Standing, TrialRecord, encoded, ratio
-from pipeline.tuning.scheduler import Terms
+from pipeline.tuning.states import Terms
 
 ONE = operator("one", 2e-3)
 

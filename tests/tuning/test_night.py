@@ -34,7 +34,8 @@ from pipeline.tuning.fakes import (
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.night import Batch, Night, PostLostError
 from pipeline.tuning.records import ExhaustedRecord, Outcome, Record, RetestRecord, Standing, TrialRecord
-from pipeline.tuning.scheduler import Operator, Scheduler, Terms
+from pipeline.tuning.scheduler import Scheduler
+from pipeline.tuning.states import Operator, Terms
 
 OPERATORS = tuple(operator(f"op{i}", 1e-3 * 0.7**i) for i in range(6))
 TERMS = Terms(budget=120.0, trials=64)

@@ -20,7 +20,8 @@ from pipeline.tuning.records import (
     Standing,
     TrialRecord,
 )
-from pipeline.tuning.scheduler import Curve, Operator, Scheduler, Terms, Turn, Why
+from pipeline.tuning.scheduler import Scheduler, Turn
+from pipeline.tuning.states import Curve, Operator, Terms, Why
 
 NOISE = 0.02
 
