@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,19 +27,19 @@ from pipeline.composition import Composition, Target, names
 from pipeline.config import load_target
 from pipeline.devices.contract import MeasuredOn
 from pipeline.dispatch import Dispatcher, Run
-from pipeline.errors import CheckError, ConfigError, ModelError, StageError, StoreError
+from pipeline.errors import CheckError, ConfigError, StageError, StoreError
 from pipeline.hashing import Digest, key_of
 from pipeline.lock import FILE, Following, pin_of
 from pipeline.memoizer import Action, Memoizer
-from pipeline.modelfiles import ModelFile, is_within
+from pipeline.modelfiles import is_within
 from pipeline.models import Model
 from pipeline.platforms import is_source
 from pipeline.processor import device
+from pipeline.reading import Reader
 from pipeline.store import ActionEntry, Pins
 from pipeline.types import (
     CheckState,
     Decision,
-    ModelKind,
     ModelSource,
     Plan,
     Profile,
@@ -211,52 +210,9 @@ class Build:
         return attributes, self.memoizer.blob(entry.outputs["llvm"]).decode()
 
     def _read(self, model: Model) -> ModelSource:
-        entry, files = self._read_file(model) if isinstance(model.source, Path) else self._read_made(model)
-        specs = msgspec.json.decode(self.memoizer.blob(entry.outputs["weights"]), type=tuple[TensorSpec, ...])
-        weights = tuple(Weight(spec, entry.outputs[f"w{i}"]) for i, spec in enumerate(specs))
-        cases = tuple(entry.outputs[f"case{i}"] for i in range(sum(name.startswith("case") for name in entry.outputs)))
+        source, files = Reader(self.folder, self.memoizer).read(model)
         self._once(("files", model.name), lambda: files)
-        return ModelSource(ModelKind(model.kind), entry.outputs["skeleton"], weights, cases)
-
-    def _read_made(self, model: Model) -> tuple[ActionEntry, list[Path]]:
-        """What a function of the user's makes, and the files that it depended on."""
-        assert not isinstance(model.source, Path)
-        options = {**self._reading(model), **self._places(model), "function": pickled(model.source)}
-        entry = self.memoizer.run(Action(stages.READ, model.name, options=options))
-        return entry, [Path(name) for name in json.loads(self.memoizer.blob(entry.outputs["files"]))]
-
-    def _read_file(self, model: Model) -> tuple[ActionEntry, list[Path]]:
-        """What a file holds, and the files that were read."""
-        entry, files = self._read_files(model, ())
-        if beside := json.loads(self.memoizer.blob(entry.outputs["beside"])):
-            entry, files = self._read_files(model, beside)
-        return entry, files
-
-    def _read_files(self, model: Model, beside: Sequence[str]) -> tuple[ActionEntry, list[Path]]:
-        assert isinstance(model.source, Path)
-        cases = tuple(self.folder / case for case in model.cases)
-        seen = ModelFile(self.folder / model.source, cases, tuple(filter(is_within, beside)))
-        places: dict[str, object] = {**self._places(model), "path": str(seen.path)}
-        try:
-            places["looks"] = seen.looks()
-            options = {**self._reading(model), **seen.content()}
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            said = f"there is no file {error.filename}" if missing else f"{error.filename} cannot be read"
-            raise ModelError(said, hint="check the path in dodo.py" if missing else f"{error.strerror}") from error
-        action = Action(stages.READ_FILE, model.name, options=options, places=places)
-        self._expect_read(action)
-        return self.memoizer.run(action), seen.files()
-
-    def _reading(self, model: Model) -> dict[str, object]:
-        return {"kind": model.kind, "shapes": {name: list(shape) for name, shape in model.shapes.items()}}
-
-    def _places(self, model: Model) -> dict[str, object]:
-        return {
-            "cases": [str(self.folder / case) for case in model.cases],
-            # A worker finds the modules that dodo.py finds: those beside it, and where it looked itself.
-            "import path": [str(self.folder), *sys.path],
-        }
+        return source
 
     def extract_action(self, target: str, model: Model) -> Action:
         source = self.source(model)
@@ -483,14 +439,6 @@ class Build:
         attributes = self.target(target).attributes
         return closures.keys(self.source(model), attributes, self.memoizer.toolchain, model.name, target)
 
-    def _expect_read(self, action: Action) -> None:
-        """Asks for all at once that a file holds, where a remote knows it and the store does not."""
-        remote, key = self.memoizer.remote, key_of(action.components(self.memoizer.toolchain))
-        if remote is None or self.memoizer.store.lookup(key) is not None:
-            return
-        if (read := closures.ask(remote, self.memoizer.store, closures.key_of_one(key))) is not None:
-            remote.expect(read.said, read.bundles)
-
     def _fetch(self, target: str, model: Model) -> None:
         """Has the store hold what others did for this artifact, where a remote knows it and the store does not."""
         remote, store = self.memoizer.remote, self.memoizer.store
@@ -578,24 +526,3 @@ def _signature(plan: Plan, linked: Linked) -> dict[str, object]:
 
 def _plain(specs: Iterable[TensorSpec]) -> list[list[object]]:
     return [[spec.name, list(spec.shape), spec.dtype] for spec in specs]
-
-
-def pickled(function: Callable[[], Any]) -> bytes:
-    """A function of the user's as bytes that a worker can call: what dodo.py defines travels by value."""
-    import cloudpickle
-
-    module = sys.modules.get(getattr(function, "__module__", ""))
-    by_value = module is not None and getattr(module, "__name__", "") == "dodo"
-    if by_value:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        data: bytes = cloudpickle.dumps(function)
-        return data
-    except Exception as error:
-        raise ConfigError(
-            f"the function {getattr(function, '__name__', function)!r} cannot be sent to a worker: {error}",
-            hint="do not close over open files, locks or sessions; make them inside the function",
-        ) from error
-    finally:
-        if by_value:
-            cloudpickle.unregister_pickle_by_value(module)
