@@ -126,6 +126,7 @@ APPLY = Stage("apply", 2, Kind.BINARY, Home.COMPILER, _TVM)
 SEARCH = Stage("search", 1, Kind.BINARY, Home.COMPILER, _TVM)
 LEARN = Stage("learn", 1, Kind.BINARY, Home.COMPILER, _TVM)
 CODEGEN = Stage("codegen", 2, Kind.BINARY, Home.COMPILER, _TVM, makes=("object", "source"))
+COMPILE = Stage("compile", 1, Kind.BINARY, Home.COMPILER, _TVM)
 CC = Stage("cc", 1, Kind.BINARY, Home.FRESH, (*_TVM, "cc"), makes=("object",))
 MEASURE = Stage("measure", 2, Kind.DECISION, Home.RUNNER, alone=True, makes=("trials",))
 PACK = Stage("pack", 2, Kind.BINARY, Home.FRESH, (*_TVM, "cc"))
@@ -152,6 +153,7 @@ STAGES = (
         SEARCH,
         LEARN,
         CODEGEN,
+        COMPILE,
         CC,
         MEASURE,
     ),

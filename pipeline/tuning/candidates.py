@@ -13,7 +13,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,6 +52,15 @@ class Prepared:
         return f"tuned_{self.candidate[:32]}"
 
 
+@dataclass(frozen=True)
+class _Code:
+    """A function to compile. `hasty`: unoptimised, for what is run once and never timed."""
+
+    function: Digest
+    symbol: str
+    hasty: bool = False
+
+
 Proposal = tuple[Prepared, Mapping[str, Digest]]  # with its function, by name; none where it has an outcome
 
 
@@ -79,7 +88,7 @@ class Candidates:
         self._preparing += 1
         try:
             proposed, exhausted = self._from_all(operator, standing, count)
-            return list(self.compiled(operator, proposed)), exhausted
+            return self.compiled(operator, proposed), exhausted
         finally:
             self._preparing -= 1
 
@@ -100,23 +109,22 @@ class Candidates:
         packed = msgspec.json.decode(workshop.blob(entry.outputs["packed"]), type=tuple[Packed, ...])
         return replace(prepared, packed=packed), {"function": entry.outputs["function"]}
 
-    def compiled(self, operator: Operator, proposed: Sequence[Proposal]) -> Iterator[Prepared]:
-        """Each with its objects, or why it has none; compiled in parallel."""
+    def compiled(self, operator: Operator, proposed: Sequence[Proposal]) -> list[Prepared]:
+        """Each with its objects, or why it has none; compiled in parallel, on other machines some at a time, and those
+        that this brings no object of one by one."""
+        codes = [_codes(*proposal) for proposal in proposed]
+        made = self._together(operator, {name: code for each in codes for name, code in each.items()})
 
-        def one(proposal: Proposal) -> Prepared:
-            prepared, functions = proposal
+        def one(prepared: Prepared, codes: Mapping[str, _Code]) -> Prepared:
             if prepared.outcome is not None:
                 return prepared
             try:
-                objects = {f"{prepared.symbol}.o": self._codegen(operator, functions["function"], prepared.symbol)}
-                for packed in prepared.packed:
-                    symbol = symbol_of(packed.function.hash)
-                    objects[f"{symbol}.o"] = self._codegen(operator, packed.function, symbol, hasty=True)
+                objects = {name: made.get(name) or self._alone(operator, code) for name, code in codes.items()}
             except StageError as error:
                 return self._not_built(prepared, error)
             return replace(prepared, objects=objects)
 
-        yield from self._compiling.map(one, proposed)
+        return list(self._compiling.map(one, (prepared for prepared, _ in proposed), codes))
 
     # where they come from
 
@@ -183,7 +191,7 @@ class Candidates:
             found.append((prepared, {"function": outputs[f"f{i}"]}))
         return found, workshop.blob(outputs["reason"]).decode() if "reason" in outputs else ""
 
-    # what goes wrong, and code
+    # what goes wrong
 
     def _fallen(self, operator: Operator, space: str, error: StageError) -> StageError:
         """What is said of a space that fails for an operator: once, as others may go on. Raises it where the night is
@@ -204,13 +212,61 @@ class Candidates:
             return replace(prepared, outcome=outcome, said=f"build: {first_line(error)}")
         return replace(prepared, outcome=Outcome.NOT_BUILT, said=first_line(error))
 
-    def _codegen(self, operator: Operator, function: Digest, symbol: str, hasty: bool = False) -> Digest:
-        """The object of a function; `hasty`: unoptimised, for what is run once and never timed."""
+    # code
+
+    def _together(self, operator: Operator, codes: Mapping[str, _Code]) -> dict[str, Digest]:
+        """The objects of many functions, by file: so many orders that all who compile have one, and no more.
+
+        None on this machine, where an order costs little, and what is timed waits for the longest that is under way.
+        """
+        names = list(codes)
+        size = -(-len(names) // max(1, self._at_once // max(1, self._preparing)))
+        if size < 2 or self._workshop.runs_here(stages.COMPILE, operator):
+            return {}
+        some = [{name: codes[name] for name in names[i : i + size]} for i in range(0, len(names), size)]
+        made: dict[str, Digest] = {}
+        for each in self._compiling.map(lambda codes: self._some(operator, codes), some):
+            made |= each
+        return made
+
+    def _some(self, operator: Operator, codes: Mapping[str, _Code]) -> dict[str, Digest]:
+        """The objects of some functions; none of those that fail, and none at all where one takes the others along.
+
+        What may be compiled alone may be so here: none is begun in the second half of the time that one may take.
+        """
+        limit = self._workshop.target(operator).file.tune.timeout
+        inputs = {f"f{i}": code.function for i, code in enumerate(codes.values())}
+        options: dict[str, object] = {
+            "functions": [[code.symbol, int(code.hasty)] for code in codes.values()],
+            "targets": [self._attributes(operator), self._attributes(operator, hasty=True)],
+            "seconds": limit / 2,
+        }
+        try:
+            outputs = self._workshop.run(stages.COMPILE, operator, inputs, options, limit * 1.5).outputs
+        except StageError:
+            if self._workshop.workers.stopped:
+                raise
+            return {}
+        return {name: outputs[f"o{i}"] for i, name in enumerate(codes) if f"o{i}" in outputs}
+
+    def _alone(self, operator: Operator, code: _Code) -> Digest:
+        options: dict[str, object] = {"symbol": code.symbol, "target": self._attributes(operator, code.hasty)}
+        limit = self._workshop.target(operator).file.tune.timeout
+        inputs = {"function": code.function}
+        return self._workshop.run(stages.CODEGEN, operator, inputs, options, limit).outputs["object"]
+
+    def _attributes(self, operator: Operator, hasty: bool = False) -> dict[str, object]:
+        """The target, as code for it is made."""
         attributes = self._workshop.target(operator).attributes
-        if hasty and attributes["kind"] == "llvm":
-            attributes = {**attributes, "opt-level": 0}
-        options: dict[str, object] = {"symbol": symbol, "target": attributes}
-        return self._workshop.run(stages.CODEGEN, operator, {"function": function}, options).outputs["object"]
+        return {**attributes, "opt-level": 0} if hasty and attributes["kind"] == "llvm" else attributes
+
+
+def _codes(prepared: Prepared, functions: Mapping[str, Digest]) -> dict[str, _Code]:
+    """What has to be compiled of a candidate, by the name of its object file."""
+    if prepared.outcome is not None:
+        return {}
+    packed = [_Code(each.function, symbol_of(each.function.hash), hasty=True) for each in prepared.packed]
+    return {f"{code.symbol}.o": code for code in (_Code(functions["function"], prepared.symbol), *packed)}
 
 
 def _seed(*parts: object) -> int:

@@ -83,12 +83,20 @@ class Workshop:
                 self.store.put_file(path)
 
     def run(
-        self, stage: stages.Stage, operator: Operator, inputs: Mapping[str, Digest], options: Mapping[str, object]
+        self,
+        stage: stages.Stage,
+        operator: Operator,
+        inputs: Mapping[str, Digest],
+        options: Mapping[str, object],
+        limit: float = 0.0,
     ) -> ActionEntry:
-        """Runs a stage for an operator, within the time that its target's file gives."""
-        file = self.target(operator).file
-        limit = file.tune.timeout if stage is stages.CODEGEN else file.timeout
+        """Runs a stage for an operator, within so many seconds, by default those that its target's file gives."""
+        limit = limit or self.target(operator).file.timeout
         return self.memoizer.run(Action(stage, operator.name, inputs, options, limit))
+
+    def runs_here(self, stage: stages.Stage, operator: Operator) -> bool:
+        """Whether this machine would run a stage for an operator."""
+        return self.workers.runs_here(Action(stage, operator.name))
 
     def blob(self, digest: Digest) -> bytes:
         return self.memoizer.blob(digest)
