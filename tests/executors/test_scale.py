@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("distributed")
 
 from bench.scale import claims, paper
+from bench.scale.counts import Meter, Snapshot, summed
 from bench.scale.given import Given
 from bench.scale.row import HEADS, Row, cells
 from bench.scale.simulation import simulate
@@ -64,3 +70,48 @@ def test_a_claim_asks_the_remote_for_its_lease_and_its_lanes() -> None:
     assert figures["writes"] >= 2  # the lease is written, and given back
     assert figures["begin, ms"] > 0
     assert shared[2] >= alone[2]  # other lanes are read as well
+
+
+def test_a_window_is_what_came_between_its_marks_of_all_processes() -> None:
+    one = Snapshot(20.0, 5.0, 110.0, {"orders": 7.0}).since(Snapshot(10.0, 3.0, 100.0, {"orders": 4.0}))
+    assert (one.at, one.cpu, one.rss) == (10.0, 2.0, 110.0)
+    assert one.counts == {"orders": 3.0, "grown": 10.0}
+    both = summed([one, Snapshot(12.0, 1.0, 50.0, {"orders": 1.0, "late": 0.5})])
+    assert (both.at, both.cpu, both.rss) == (11.0, 3.0, 160.0)
+    assert both.counts == {"orders": 4.0, "grown": 10.0, "late": 0.5}
+
+
+def test_a_call_within_a_call_is_metered_once() -> None:
+    meter = Meter()
+    inner = meter.metered("inner", lambda: _works(0.05))
+    begun = time.thread_time()
+    with meter.of("outer"):
+        inner()
+    took = time.thread_time() - begun
+    assert meter.seconds["inner"] >= 0.05
+    assert meter.seconds["outer"] == pytest.approx(took - meter.seconds["inner"], abs=0.01)
+
+
+def _works(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_a_night_that_ends_before_its_window_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="over before its time"):
+        simulate(replace(SMALL, operators=0))
+
+
+@pytest.mark.parametrize(("said", "code"), [("--paper", 0), ("--no-such-option", 2)])
+def test_the_command_says_by_its_exit_code_whether_it_was_understood(said: str, code: int) -> None:
+    root = Path(__file__).resolve().parents[2]
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.scale", said, "--workers", "100"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == code
+    assert ("│ 100 " in ran.stdout) == (code == 0)
