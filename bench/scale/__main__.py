@@ -11,7 +11,7 @@ stage would take on one core, and answers with blobs as large as the real ones.
     python -m bench.scale --workers 300 --drivers 2         two drivers, each with half of the operators
     python -m bench.scale --workers 300 --drivers 2 --schedulers 2     … each with its scheduler and half of the workers
     python -m bench.scale --workers 300 --batch 64          larger batches
-    python -m bench.scale --workers 300 --together 16       16 candidates compiled by one order
+    python -m bench.scale --workers 300 --together 1        each candidate compiled by an order of its own
     python -m bench.scale --claims 100 1000 10000           only this: requests to the remote for one claim
     python -m bench.scale --decisions                       only this: our scheduler alone
     python -m bench.scale --paper                           only this: what so many workers take, by arithmetic

@@ -1,13 +1,12 @@
 """A driver's engine: gives a real executor the orders that the night's real engine gives, and waits for the answers.
 
-    prepare   one SEARCH for the batch, then a CODEGEN for each `together` of its candidates, side by side
+    prepare   one SEARCH for the batch, then COMPILE for some of its candidates each, side by side
     measure   one MEASURE, at a post, of all its objects beside the reference and the baseline
     retest    one MEASURE of the leader and the best
     learn     one LEARN whenever an operator has so many new trials
 
-The real engine has a stage of its own for several candidates in one order, COMPILE; what travels is the same. What the
-answers mean for tuning (times, crashes, what is best) is made up by pipeline.tuning.fakes; their bytes are those of
-work.py.
+What the answers mean for tuning (times, crashes, what is best) is made up by pipeline.tuning.fakes; their bytes are
+those of work.py.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from pipeline.hashing import Digest
 from pipeline.memoizer import Action, Memoizer
 from pipeline.store import ActionEntry
 from pipeline.tuning import calls
+from pipeline.tuning.candidates import together
 from pipeline.tuning.fakes import FakeEngine
 from pipeline.tuning.night import Batch
 from pipeline.tuning.records import Record, Standing, TrialRecord
@@ -52,6 +52,7 @@ class OrderingEngine(FakeEngine):
         self._grounds: dict[str, tuple[Digest, ...]] = {}  # function, reference and baseline of each operator
         self._compiled: dict[str, dict[str, Digest]] = {}  # objects of the batches that are under way
         self._unlearnt: Counter[str] = Counter()
+        self._preparing = 0
         self._counting = threading.Lock()
 
     @property  # type: ignore[override]
@@ -80,17 +81,26 @@ class OrderingEngine(FakeEngine):
         self._compiling.shutdown(wait=False, cancel_futures=True)
 
     def prepare(self, operator: Operator, standing: Standing, count: int) -> Batch:
-        functions = self._searched(operator, standing, count)
-        together = self._given.together
-        some = [functions[first : first + together] for first in range(0, count, together)]
-        made = self._compiling.map(functools.partial(self._codegen, operator), some)
-        objects = [digest for each in made for digest in each]
+        objects = self._built(operator, standing, count)
         with self._meter.of("the fake engine"):
             batch = super().prepare(operator, standing, count)
         named = {each: objects[i % len(objects)] for i, each in enumerate(batch.candidates)}
         with self._counting:
             self._compiled.setdefault(operator.key, {}).update(named)
         return batch
+
+    def _built(self, operator: Operator, standing: Standing, count: int) -> list[Digest]:
+        with self._counting:
+            self._preparing += 1
+        try:
+            functions = self._searched(operator, standing, count)
+            size = self._given.together or together(count, self.workers, self._preparing)
+            some = [functions[first : first + size] for first in range(0, count, size)]
+            made = self._compiling.map(functools.partial(self._compile, operator), some)
+            return [digest for each in made for digest in each]
+        finally:
+            with self._counting:
+                self._preparing -= 1
 
     def _searched(self, operator: Operator, standing: Standing, count: int) -> list[Digest]:
         put = self._memoizer.store.put
@@ -104,10 +114,11 @@ class OrderingEngine(FakeEngine):
         found = self._order(stages.SEARCH, operator, inputs, self._given.search * count, sizes)
         return [found.outputs[f"f{i}"] for i in range(count)]
 
-    def _codegen(self, operator: Operator, functions: Sequence[Digest]) -> list[Digest]:
-        inputs = {"function" if not i else f"function{i}": each for i, each in enumerate(functions)}
-        sizes = {"object" if not i else f"object{i}": self._given.object for i in range(len(functions))}
-        made = self._order(stages.CODEGEN, operator, inputs, self._given.codegen * len(functions), sizes)
+    def _compile(self, operator: Operator, functions: Sequence[Digest]) -> list[Digest]:
+        stage = stages.COMPILE if len(functions) > 1 else stages.CODEGEN
+        inputs = {f"f{i}": each for i, each in enumerate(functions)}
+        sizes = {f"o{i}" if stage is stages.COMPILE else "object": self._given.object for i in range(len(functions))}
+        made = self._order(stage, operator, inputs, self._given.codegen * len(functions), sizes)
         return [made.outputs[name] for name in sizes]
 
     def measure(self, operator: Operator, batch: Batch) -> list[Record]:

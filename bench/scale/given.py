@@ -16,7 +16,7 @@ class Given:
     seconds: float = 30.0  # that are looked at, after `warm`
     warm: float = 20.0
     batch: int = 16
-    together: int = 1  # candidates that one order compiles
+    together: int = 0  # candidates that one order compiles; 0: as many as `doit tune` gives it
     speed: float = 1.0
     hosts: int = 2  # processes that hold the workers
     drivers: int = 1

@@ -17,11 +17,11 @@ HEADS = (
 
 
 def paper(given: Given, workers: int) -> tuple[float, ...]:
-    """A line: batches without retests and lessons, and blobs alone, which pass dask's scheduler on their way in and on
-    their way out."""
+    """A line: as many operators under way as there are workers; batches without retests and lessons, and blobs alone,
+    which pass dask's scheduler on their way in and on their way out."""
     size = given.batch
     seconds = size * (given.search + given.codegen + given.measure) + given.measure
-    orders = 1 + -(-size // given.together) + 1
+    orders = 1 + -(-size // (given.together or size)) + 1
     passed = given.function * (1 + 2 * size) + given.object * (2 * size + 2)
     batches = workers / seconds
     rates = (batches, batches * size, batches * orders, 2e-6 * batches * passed)

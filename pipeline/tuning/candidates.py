@@ -220,7 +220,7 @@ class Candidates:
         None on this machine, where an order costs little, and what is timed waits for the longest that is under way.
         """
         names = list(codes)
-        size = -(-len(names) // max(1, self._at_once // max(1, self._preparing)))
+        size = together(len(names), self._at_once, self._preparing)
         if size < 2 or self._workshop.runs_here(stages.COMPILE, operator):
             return {}
         some = [{name: codes[name] for name in names[i : i + size]} for i in range(0, len(names), size)]
@@ -259,6 +259,12 @@ class Candidates:
         """The target, as code for it is made."""
         attributes = self._workshop.target(operator).attributes
         return {**attributes, "opt-level": 0} if hasty and attributes["kind"] == "llvm" else attributes
+
+
+def together(count: int, at_once: int, preparing: int) -> int:
+    """Of `count` functions those that one order compiles, where `at_once` orders may be under way for so many operators
+    that are being prepared."""
+    return -(-count // max(1, at_once // max(1, preparing)))
 
 
 def _codes(prepared: Prepared, functions: Mapping[str, Digest]) -> dict[str, _Code]:

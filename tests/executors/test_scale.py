@@ -39,7 +39,7 @@ def test_all_workers_work_and_measure_where_they_are_told(row: Row) -> None:
     assert row.hosts.counts["used in all"] == SMALL.workers
     assert row.hosts.counts["misplaced"] == 0
     assert 0.0 < row.busy <= 1.05
-    for stage in ("search", "codegen", "measure"):
+    for stage in ("search", "compile", "measure"):
         assert row.hosts.counts[stage] > 0
 
 
@@ -48,7 +48,7 @@ def test_the_table_has_its_figures(row: Row) -> None:
     assert figures["workers"] == SMALL.workers
     assert all(isinstance(figure, int | float) and figure > 0 for figure in figures.values())
     # What cannot be less: a batch is built before it is measured, and a function and an object pass twice for each.
-    assert figures["orders/s"] > figures["trials/s"] / 2
+    assert figures["orders/s"] > 2.5 * figures["trials/s"] / SMALL.batch
     assert figures["kB/trial"] > (2 * SMALL.function + 2 * SMALL.object) / 1000
     assert sum(row.shares().values()) == pytest.approx(1.0, abs=0.2)
 
@@ -57,11 +57,11 @@ def test_on_paper_a_batch_is_its_orders_and_its_blobs() -> None:
     given = Given(batch=4, search=1.0, codegen=2.0, measure=0.5, function=10, object=100)
     figures = dict(zip(paper.HEADS, paper.paper(given, 29), strict=True))
     assert figures["core s/batch"] == 4 * (1.0 + 2.0 + 0.5) + 0.5
-    assert figures["orders/batch"] == 1 + 4 + 1
+    assert figures["orders/batch"] == 3
     assert figures["kB/batch"] == pytest.approx((9 * 10 + 10 * 100) / 1000)
     assert figures["batches/s"] == pytest.approx(2.0)
-    together = dict(zip(paper.HEADS, paper.paper(replace(given, together=4), 29), strict=True))
-    assert together["orders/batch"] == 3
+    alone = dict(zip(paper.HEADS, paper.paper(replace(given, together=1), 29), strict=True))
+    assert alone["orders/batch"] == 1 + 4 + 1
 
 
 def test_a_claim_asks_the_remote_for_its_lease_and_its_lanes() -> None:
