@@ -217,8 +217,7 @@ class Composition:
 
     def is_allowed(self, offer: Offer, workload: Workload) -> bool:
         """Whether the target's rules leave an operator a strategy."""
-        rules = [rule for rule in self._file.operators if workload.matches(rule.match)]
-        return all(_allows(rule.only, offer) and not _names(rule.forbid, offer) for rule in rules)
+        return is_allowed(self._file, offer, workload)
 
     def offer_of_record(self, trial: TrialRecord, trusted: bool) -> Offer:
         """`tuned` with one record alone. Raises ConfigError where its search space is not there."""
@@ -491,6 +490,12 @@ def recipe(trial: TrialRecord) -> TrialRecord:
         decisions=trial.decisions,
         outcome=Outcome.CLAIMED,
     )
+
+
+def is_allowed(file: TargetFile, offer: Offer, workload: Workload) -> bool:
+    """Whether the rules of a target's file leave an operator a strategy."""
+    rules = [rule for rule in file.operators if workload.matches(rule.match)]
+    return all(_allows(rule.only, offer) and not _names(rule.forbid, offer) for rule in rules)
 
 
 def _names(listed: tuple[str, ...], offer: Offer) -> bool:

@@ -11,13 +11,14 @@ One line changes where one decision did: lines are sorted, times are rounded, an
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import threading
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,6 +89,14 @@ class Lock:
     """Entries by target and label."""
 
     targets: Mapping[str, Mapping[str, Entry]] = field(default_factory=dict)
+
+    def entry(self, target: str, workload: str) -> Entry | None:
+        """That of an operator, by the digest of its workload; None where there is none."""
+        return self._by_workload.get(target, {}).get(workload)
+
+    @functools.cached_property
+    def _by_workload(self) -> dict[str, dict[str, Entry]]:
+        return {target: {each.workload: each for each in of.values()} for target, of in self.targets.items()}
 
     def text(self) -> str:
         """The file. Equal locks have equal texts."""
@@ -209,6 +218,22 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+# what is told of it
+
+
+def better_held_back(ratios: Sequence[float]) -> str:
+    """That so many operators could be so many times as fast as what the lock names; "" where none could."""
+    if not ratios:
+        return ""
+    winners = f"{len(ratios)} better winners" if ratios[1:] else "a better winner"
+    return f"{FILE} holds back {winners} ({'up to ' * bool(ratios[1:])}{max(ratios):.2g} times): doit lock"
+
+
+def held_back_for(count: int) -> str:
+    """That builds do not follow for so many operators what was decided just now."""
+    return f"{FILE} holds this back for {count} operator{'s' * (count != 1)}: doit lock"
+
+
 # what a build makes of it
 
 
@@ -229,8 +254,6 @@ class Following:
         self._absent: dict[str, dict[str, str]] = {}  # by target and workload: the label
         self._broken: dict[str, dict[str, str]] = {}  # by target and workload: why, in words
         self._better: dict[str, dict[str, float]] = {}  # by target and workload: how many times as fast
-        entries = lock.targets.items() if lock is not None else ()
-        self._entries = {target: {each.workload: each for each in of.values()} for target, of in entries}
 
     @classmethod
     def of(cls, folder: Path, strict: bool = False) -> Following:
@@ -253,7 +276,7 @@ class Following:
         """What the lock says of an operator; None where it is chosen freely. Raises StageError where it must not be."""
         if self.lock is None or self.is_chosen_anew(workload):
             return None
-        entry = self._entries.get(target, {}).get(workload.digest)
+        entry = self.lock.entry(target, workload.digest)
         if entry is None and self.anew is None and workload.calls:
             self._note(self._absent, target, workload, workload.label)
             if self.strict:
@@ -297,12 +320,7 @@ class Following:
             said.append(
                 f"{f'{len(absent)} operators are' if absent[1:] else f'{absent[0]} is'} not in {FILE}: doit lock"
             )
-        if ratios:
-            winners = f"{len(ratios)} better winners" if ratios[1:] else "a better winner"
-            said.append(
-                f"{FILE} holds back {winners} ({'up to ' * bool(ratios[1:])}{max(ratios):.2g} times): doit lock"
-            )
-        return said
+        return [*said, *filter(None, [better_held_back(ratios)])]
 
     def _note(self, notes: dict[str, dict[str, Any]], target: str, workload: Workload, said: Any) -> None:
         with self._guard:

@@ -2,7 +2,8 @@
 
     offer      entry → the one strategy to ask, `tuned` with the one record that makes the locked candidate
     entry      decision → the line of the lock
-    held_back  how much faster the best is that the lock keeps out
+    held_back  how much faster the best is that the lock keeps out; of an operator's records alone: `times_as_fast`,
+               and `is_decided_otherwise`
 
 Needs no TVM.
 """
@@ -14,11 +15,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pipeline.compiler import libraries
-from pipeline.composition import Composition, Offer
+from pipeline.composition import Composition, Offer, is_allowed
 from pipeline.config import TargetFile
 from pipeline.errors import ConfigError, StageError
 from pipeline.lock import TUNED, Entry
-from pipeline.tuning.records import Outcome, TrialRecord, Winner, encoded
+from pipeline.tuning.records import Outcome, Standing, TrialRecord, Winner, encoded
 from pipeline.types import Decision, Workload
 
 if TYPE_CHECKING:
@@ -86,14 +87,32 @@ def _trial(composition: Composition, key: str, candidate: str) -> TrialRecord | 
 def held_back(composition: Composition, file: TargetFile, workload: Workload, entry: Entry) -> float:
     """How many times as fast as a locked function the tuned one is that would be chosen without the lock; 1 where none
     would."""
-    applied, is_proven = composition.ledger.standing(composition.records_key(workload)).applied()
+    return times_as_fast(composition.ledger.standing(composition.records_key(workload)), file, workload, entry)
+
+
+def times_as_fast(standing: Standing, file: TargetFile, workload: Workload, entry: Entry) -> float:
+    """The same, as the standing of an operator's records has it."""
+    applied, is_proven = standing.applied()
     if not applied or not is_proven or applied[0].trial.candidate == entry.candidate:
         return 1.0
-    if not composition.is_allowed(Offer(TUNED), workload) or not _comes_before(TUNED, entry.use, file):
+    if not _may_be_tuned(file, workload, entry):
         return 1.0
     same = [winner.gain for winner in applied if winner.trial.candidate == entry.candidate]
     locked = (entry.gain or 1.0) if entry.use == TUNED else 1.0
     return applied[0].gain / (same[0] if same else locked)
+
+
+def is_decided_otherwise(standing: Standing, file: TargetFile, workload: Workload, entry: Entry) -> bool:
+    """Whether without the lock another tuned function would be applied than the one that is locked, or none."""
+    applied, _ = standing.applied()
+    if applied and _may_be_tuned(file, workload, entry):
+        return applied[0].trial.candidate != entry.candidate
+    return entry.use == TUNED and bool(entry.candidate)
+
+
+def _may_be_tuned(file: TargetFile, workload: Workload, entry: Entry) -> bool:
+    """Whether a tuned function can be chosen where the lock has an entry."""
+    return is_allowed(file, Offer(TUNED), workload) and _comes_before(TUNED, entry.use, file)
 
 
 def _comes_before(name: str, other: str, file: TargetFile) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_tune
+import tuning_runs
 from conftest import Done, WorkspaceFolder
 
 from pipeline.compiler import libraries
@@ -235,12 +235,12 @@ OPERATORS = {"gate": ("Relu", "Sigmoid"), "head": ("Tanh",), "mixer": ("Relu", "
 
 def test_the_life_of_an_operator_is_as_the_document_tells(workspace: WorkspaceFolder) -> None:
     for name, activations in OPERATORS.items():
-        workspace.onnx(f"{name}.onnx", test_tune.products(*activations))
+        workspace.onnx(f"{name}.onnx", tuning_runs.products(*activations))
     workspace.dodo("\n".join(f'Model.onnx("{name}", "{name}.onnx"),' for name in OPERATORS))
-    workspace.write("spaces/lanes.py", test_tune.lanes([[*tile] for tile in TILES]))
+    workspace.write("spaces/lanes.py", tuning_runs.lanes([[*tile] for tile in TILES]))
     policy = next(each.text for each in blocks("operators.md") if each.text.startswith("[policy]"))
     workspace.write(
-        "targets/native.toml", test_tune.target("lanes").replace("profile = false", "profile = true") + policy
+        "targets/native.toml", tuning_runs.target("lanes").replace("profile = false", "profile = true") + policy
     )
     commands = session()
     verbs = {shlex.split(command)[1] for command, _ in commands}

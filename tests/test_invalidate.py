@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 from conftest import Done, WorkspaceFolder
-from test_lock import copied
-from test_tune import FEW, fill, implementations, lanes, plain, records, right, standings, tune
+from tuning_runs import FEW, fill, implementations, lanes, plain, records, right, standings, tune
 
 from pipeline.store import Store
 from pipeline.tuning.records import PreferredRecord, RetestRecord, TrialRecord, WithdrawnRecord, encoded
+from tests.lock.machines import copied
 
 ACTIVATIONS = ("Relu", "Sigmoid", "Tanh")  # an operator each
 

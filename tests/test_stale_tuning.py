@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 from conftest import WorkspaceFolder
-
-from tests.test_tune import MANY, fill, idle, lanes, target, tune
+from tuning_runs import MANY, fill, idle, lanes, target, tune
 
 
 def states(workspace: WorkspaceFolder) -> list[tuple[str, str]]:
@@ -16,8 +15,8 @@ def states(workspace: WorkspaceFolder) -> list[tuple[str, str]]:
 
 
 def test_from_never_tuned_to_fresh_and_stale_again(workspace: WorkspaceFolder) -> None:
-    fill(workspace, "Relu", space=lanes(MANY))
-    workspace.edit("batch = 4", "batch = 4\npatience = 8", "targets/native.toml")
+    fill(workspace, "Relu", space=lanes(MANY[:17]))  # one more than two patiences
+    workspace.edit("batch = 4", "batch = 8\npatience = 8", "targets/native.toml")
     workspace.build().good()
     assert states(workspace) == [("never tuned", "doit tune")]
     first = tune(workspace, "--trials", "8")
@@ -30,7 +29,7 @@ def test_from_never_tuned_to_fresh_and_stale_again(workspace: WorkspaceFolder) -
 
     # Everything is older than that.
     workspace.write("targets/native.toml", f"{target('lanes')}[stale]\ndays = 1e-9\n")
-    workspace.edit("batch = 4", "batch = 4\npatience = 8", "targets/native.toml")
+    workspace.edit("batch = 4", "batch = 8\npatience = 8", "targets/native.toml")
     workspace.build().good()
     assert states(workspace) == [("stale", "doit tune")]
     assert "1 of 1 operator to tune" in workspace.doit("tune", "--plan", "--trials", "8", forbid_tvm=True).good().out

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-from doit.cmd_base import DoitCmdBase
-from doit.exceptions import InvalidDodoFile
-
-from pipeline.commands.arguments import OptionsAnywhere, opt_json, opt_target
-from pipeline.errors import ConfigError, TvmakeError
-from pipeline.workspace import Selection, selecting, the_workspace
+from pipeline.commands.arguments import opt_json, opt_target
+from pipeline.commands.looking import OK, Looking, print_json, selection_of
+from pipeline.errors import ConfigError
+from pipeline.workspace import Selection, the_workspace
 
 if TYPE_CHECKING:
     from pipeline.tuning.policy import Breach
@@ -20,7 +16,7 @@ if TYPE_CHECKING:
 
     Judged = tuple[Standing, list[Breach]]
 
-OK, BROKEN, ERROR, NOT_BUILT = 0, 1, 2, 3
+BROKEN, NOT_BUILT = 1, 3
 
 _SHOWN = 5  # operators that are named for one rule; JSON has all
 
@@ -34,7 +30,7 @@ opt_markdown = {
 }
 
 
-class Check(OptionsAnywhere, DoitCmdBase):
+class Check(Looking):
     """Looks at what `doit status` shows, and judges it."""
 
     doc_purpose = "hold the built models against [policy] of their targets, for CI"
@@ -59,16 +55,10 @@ Exit code: 0 all kept, 1 a rule is broken, 2 the workspace is at fault or no tar
 """
     cmd_options = (opt_target, opt_markdown, opt_json)
     name = "check"
+    makes_tasks = False
 
-    def execute(self, params: Any, args: list[str]) -> int:
-        self._selection = Selection(models=frozenset(args) or None, targets=frozenset(params["targets"]) or None)
-        try:
-            with selecting(Selection(models=frozenset(), targets=self._selection.targets)):  # no task is needed
-                code: int = super().execute(params, [])
-                return code
-        except (TvmakeError, InvalidDodoFile) as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            return ERROR
+    def asked(self, params: Any, args: list[str]) -> Selection:
+        return selection_of(args, params["targets"])
 
     def _execute(self, markdown: bool, json: bool) -> int:
         from pipeline.tuning.policy import asks, breaches
@@ -82,7 +72,7 @@ Exit code: 0 all kept, 1 a rule is broken, 2 the workspace is at fault or no tar
             )
         judged = [(each, [] if each.problem else breaches(each)) for each in asked]
         if json:
-            print(msgspec.json.format(msgspec.json.encode([_plain(*each) for each in judged])).decode())
+            print_json([_plain(*each) for each in judged])
         else:
             print("\n".join(_markdown(judged) if markdown else _text(judged)))
         if any(found for _, found in judged):

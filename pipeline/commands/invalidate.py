@@ -5,24 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import msgspec
-from doit.cmd_base import DoitCmdBase
-from doit.exceptions import InvalidDodoFile
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.amounts import span_of
-from pipeline.commands.arguments import OptionsAnywhere, opt_target
+from pipeline.commands.arguments import opt_target
 from pipeline.commands.build import counted
+from pipeline.commands.looking import NOTHING, OK, Looking, print_json, selection_of
 from pipeline.commands.operators import Built, look
-from pipeline.errors import ConfigError, TvmakeError
-from pipeline.workspace import Selection, Workspace, selecting, the_workspace
+from pipeline.errors import ConfigError
+from pipeline.lock import FILE, TUNED, Lock, held_back_for, read
+from pipeline.workspace import Selection, Workspace, the_workspace
 
 if TYPE_CHECKING:
     from pipeline.tuning.decisions import Choice, Loss
     from pipeline.tuning.standings import Operators
-
-OK, NOTHING, ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 def _option(name: str, of: type, default: object, told: str) -> dict[str, Any]:
@@ -46,7 +42,7 @@ opt_yes = {
 }
 
 
-class Invalidate(OptionsAnywhere, DoitCmdBase):
+class Invalidate(Looking):
     """Shows what would go, and with --yes has it go."""
 
     doc_purpose = "throw away what was tuned for some operators, and only for those"
@@ -65,8 +61,9 @@ Shows what would be thrown away and what that costs; with --yes does it. OPERATO
   doit invalidate --device '*EPYC 7*'          what was measured on another device
 
 What was thrown away counts no longer on any machine that shares the store, and does not come back
-when records are merged. The next build takes what is next in the order; `doit tune` tunes these
-operators again. Nothing else is touched.
+when records are merged. The next build takes what is next in the order, unless a tuning.lock names
+what was thrown away: then `doit lock` does; `doit tune` tunes these operators again. Nothing else is
+touched.
 
 Exit code: 0 shown or done, 1 there is nothing that this means, 2 the workspace is at fault.
 """
@@ -85,20 +82,10 @@ Exit code: 0 shown or done, 1 there is nothing that this means, 2 the workspace 
     )
     name = "invalidate"
 
-    def execute(self, params: Any, args: list[str]) -> int:
-        try:
-            self._choice = _choice(params, args)
-            self._reason = params["reason"] or f"doit invalidate {' '.join(args)}".strip()
-            models, targets = frozenset(params["model"]) or None, frozenset(params["targets"]) or None
-            self._selection = Selection(models=models, targets=targets)
-            with selecting(self._selection):
-                code: int = super().execute(params, [])
-                return code
-        except (TvmakeError, InvalidDodoFile) as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            return ERROR
-        except KeyboardInterrupt:
-            return INTERRUPTED
+    def asked(self, params: Any, args: list[str]) -> Selection:
+        self._choice = _choice(params, args)
+        self._reason = params["reason"] or f"doit invalidate {' '.join(args)}".strip()
+        return selection_of(params["model"], params["targets"])
 
     def _execute(self, yes: bool, json: bool) -> int:
         workspace = the_workspace(self.loader.namespace)
@@ -106,14 +93,17 @@ Exit code: 0 shown or done, 1 there is nothing that this means, 2 the workspace 
             workspace.gather()
             known = look(workspace, self._selection, self.dep_manager)
             found = [(operators, loss) for operators in known.operators for loss in self._losses(operators, known)]
+            lock = read(workspace.folder / FILE) or Lock()
+            held = [_is_held_back(operators, loss, lock) for operators, loss in found]
             if json:
-                print(msgspec.json.format(msgspec.json.encode([_plain(loss) for _, loss in found])).decode())
+                print_json([_plain(loss, is_held) for (_, loss), is_held in zip(found, held, strict=True)])
             else:
                 _show([loss for _, loss in found], sum(len(each.workloads) for each in known.operators))
             if not found:
                 return NOTHING
             if yes:
                 self._do(workspace, found)
+                _say_done([loss for _, loss in found], held, sys.stderr if json else sys.stdout)
             elif not json:
                 print("Nothing was changed\n  → type the same with --yes to do it")
             return OK
@@ -133,8 +123,31 @@ Exit code: 0 shown or done, 1 there is nothing that this means, 2 the workspace 
             throw_away(operators, loss, self._reason)
         if workspace.lanes is not None:
             workspace.lanes.publish()
-        done = counted(len({loss.workload.digest for _, loss in found}), "operator")
-        print(f"Thrown away for {done}\n  → type `doit build` to build without, `doit tune` to tune again")
+
+
+def _is_held_back(operators: Operators, loss: Loss, lock: Lock) -> bool:
+    """Whether a build goes on as if nothing of this was thrown away, as the lock names what goes."""
+    from pipeline.tuning.records import RetestRecord, TrialRecord, live
+
+    entry = lock.entry(loss.target, loss.workload.digest)
+    if entry is None or loss.key != operators.key(loss.workload):
+        return False
+    if entry.use != TUNED or not entry.candidate:
+        return loss.measured
+    members = operators.ledger.members(loss.key)
+    left = live({name: each for name, each in members.items() if name not in loss.records})
+    tried = {each.candidate for each in left if isinstance(each, TrialRecord)}
+    timed = {each.candidate for each in left if isinstance(each, RetestRecord)}
+    return loss.measured or entry.candidate not in tried & timed
+
+
+def _say_done(losses: Sequence[Loss], held: Sequence[bool], out: TextIO) -> None:
+    done = counted(len({loss.workload.digest for loss in losses}), "operator")
+    build = "" if all(held) else "`doit build` to build without, "
+    print(f"Thrown away for {done}\n  → type {build}`doit tune` to tune again", file=out)
+    if any(held):
+        names = {loss.workload.digest for loss, is_held in zip(losses, held, strict=True) if is_held}
+        print(held_back_for(len(names)), file=out)
 
 
 def _choice(params: Any, patterns: Sequence[str]) -> Choice:
@@ -154,7 +167,7 @@ def _choice(params: Any, patterns: Sequence[str]) -> Choice:
     return choice
 
 
-def _plain(loss: Loss) -> dict[str, Any]:
+def _plain(loss: Loss, is_held: bool) -> dict[str, Any]:
     return {
         "target": loss.target,
         "operator": loss.workload.label,
@@ -166,6 +179,7 @@ def _plain(loss: Loss) -> dict[str, Any]:
         "gain": loss.gain,
         "seconds": loss.seconds,
         "spent": loss.spent,
+        "held_back": is_held,  # by tuning.lock
     }
 
 

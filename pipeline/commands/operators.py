@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from pipeline.commands.looking import profile_of
 from pipeline.errors import ConfigError, NotBuiltError, TvmakeError
 from pipeline.tasks import remembered_plan
 from pipeline.types import Profile, symbol_of
@@ -77,7 +76,6 @@ def look(workspace: Workspace, selection: Selection, manager: Any) -> Built:
             manifests[target, model.name] = read_manifest(workspace.artifact(target, model))
         except TvmakeError:
             continue
-        kept = (manager.get_values(f"profile:{target}:{model.name}") or {}).get("profile")
-        if kept:
-            profiles[target, model.name] = msgspec.convert(kept, Profile)
+        if (profile := profile_of(manager, target, model.name)) is not None:
+            profiles[target, model.name] = profile
     return Built(operators, manifests, profiles)

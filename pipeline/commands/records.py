@@ -7,15 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-from doit.cmd_base import DoitCmdBase
-from doit.exceptions import InvalidDodoFile
-
-from pipeline.commands.arguments import OptionsAnywhere, opt_target
+from pipeline.commands.arguments import opt_target
 from pipeline.commands.build import counted
-from pipeline.errors import ConfigError, TvmakeError
+from pipeline.commands.looking import NOTHING, OK, Looking, print_json, selection_of
+from pipeline.errors import ConfigError
 from pipeline.tasks import remembered_plan
-from pipeline.workspace import Selection, Workspace, selecting, the_workspace
+from pipeline.workspace import Selection, Workspace, the_workspace
 
 if TYPE_CHECKING:
     from pipeline.models import Model
@@ -23,12 +20,10 @@ if TYPE_CHECKING:
     from pipeline.tuning.standings import Row
     from pipeline.types import Plan
 
-OK, NOTHING, ERROR, INTERRUPTED = 0, 1, 2, 130
-
 opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "list as JSON"}
 
 
-class Records(OptionsAnywhere, DoitCmdBase):
+class Records(Looking):
     """One command with three verbs."""
 
     doc_purpose = "list tuning records; take in and give out databases of MetaSchedule's"
@@ -55,18 +50,9 @@ or the folder is at fault, 130 interrupted.
     name = "records"
     _verb: Callable[[Workspace, Selection, bool], int]
 
-    def execute(self, params: Any, args: list[str]) -> int:
-        try:
-            self._verb, models = _asked(args)
-            self._selection = Selection(models=frozenset(models) or None, targets=frozenset(params["targets"]) or None)
-            with selecting(self._selection):
-                code: int = super().execute(params, [])
-                return code
-        except (TvmakeError, InvalidDodoFile) as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            return ERROR
-        except KeyboardInterrupt:
-            return INTERRUPTED
+    def asked(self, params: Any, args: list[str]) -> Selection:
+        self._verb, models = _asked(args)
+        return selection_of(models, params["targets"])
 
     def _execute(self, json: bool) -> int:
         workspace = the_workspace(self.loader.namespace)
@@ -164,7 +150,7 @@ def _list(workspace: Workspace, selection: Selection, json: bool) -> int:
     rows = [row for operators in standings.operators(workspace, selection, plan) for row in operators.rows()]
     told = sorted((row for row in rows if not row.is_empty), key=lambda row: -row.spent)
     if json:
-        print(msgspec.json.format(msgspec.json.encode(told)).decode())
+        print_json(told)
     elif told:
         _show(told)
     if len(told) < len(rows):

@@ -6,18 +6,14 @@ import sys
 from typing import Any
 
 import msgspec
-from doit.cmd_base import DoitCmdBase
-from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere, opt_json, opt_target
+from pipeline.commands.arguments import opt_json, opt_target
+from pipeline.commands.looking import NOTHING, OK, Looking, print_json, selection_of
 from pipeline.errors import TvmakeError
-from pipeline.types import Profile
-from pipeline.workspace import Selection, selecting, the_workspace
-
-OK, NOTHING, ERROR = 0, 1, 2
+from pipeline.workspace import Selection, the_workspace
 
 
-class Report(OptionsAnywhere, DoitCmdBase):
+class Report(Looking):
     """Reads the manifests of artifacts, and the times that the last build took down."""
 
     doc_purpose = "show what each operator of the built models runs on, and why"
@@ -35,15 +31,8 @@ Exit code: 0 shown, 1 a model is not built yet, 2 the workspace is at fault.
     cmd_options = (opt_target, opt_json)
     name = "report"
 
-    def execute(self, params: Any, args: list[str]) -> int:
-        self._selection = Selection(models=frozenset(args) or None, targets=frozenset(params["targets"]) or None)
-        try:
-            with selecting(self._selection):
-                code: int = super().execute(params, [])
-                return code
-        except (TvmakeError, InvalidDodoFile) as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            return ERROR
+    def asked(self, params: Any, args: list[str]) -> Selection:
+        return selection_of(args, params["targets"])
 
     def _execute(self, json: bool) -> int:
         from pipeline.manifests import read_manifest
@@ -57,11 +46,9 @@ Exit code: 0 shown, 1 a model is not built yet, 2 the workspace is at fault.
             except TvmakeError as error:
                 missing.append(f"{target}:{model.name}: {error}")
                 continue
-            kept = (self.dep_manager.get_values(f"profile:{target}:{model.name}") or {}).get("profile")
-            profile = msgspec.convert(kept, Profile) if kept else None
-            made.append((manifest, report(manifest, profile)))
+            made.append((manifest, report(manifest, self.profile(target, model.name))))
         if json:
-            print(msgspec.json.format(msgspec.json.encode([_plain(*each) for each in made])).decode())
+            print_json([_plain(*each) for each in made])
         else:
             _show([each for _, each in made])
         for text in missing:

@@ -6,19 +6,17 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from doit.cmd_base import DoitCmdBase
-from doit.exceptions import InvalidDodoFile
-
-from pipeline.commands.arguments import OptionsAnywhere, opt_target
+from pipeline.commands.arguments import opt_target
+from pipeline.commands.looking import NOTHING, OK, Looking, selection_of
 from pipeline.commands.operators import look
-from pipeline.errors import ConfigError, TvmakeError
-from pipeline.workspace import Selection, Workspace, selecting, the_workspace
+from pipeline.config import load_target
+from pipeline.errors import ConfigError
+from pipeline.lock import FILE, Lock, held_back_for, read
+from pipeline.workspace import Selection, Workspace, the_workspace
 
 if TYPE_CHECKING:
     from pipeline.tuning.standings import Operators
     from pipeline.types import Workload
-
-OK, NOTHING, ERROR = 0, 1, 2
 
 opt_to = {
     "name": "to",
@@ -46,7 +44,7 @@ opt_reason = {
 }
 
 
-class Rollback(OptionsAnywhere, DoitCmdBase):
+class Rollback(Looking):
     """Writes down which candidate is to be applied."""
 
     doc_purpose = "go back to another tuned function of an operator, or to none"
@@ -61,25 +59,19 @@ later, until it is undone.
   doit rollback conv2d-ca43c360 --to none      to what is next in the target's order
   doit rollback conv2d-ca43c360 --to best      undo: to the best again
 
-The decision travels with the records, to all who share the store. The next build follows it.
+The decision travels with the records, to all who share the store. The next build follows it, unless
+there is a tuning.lock that names another function: then `doit lock` takes it over.
 
 Exit code: 0 done, 1 there is nothing to go back to, 2 the workspace is at fault.
 """
     cmd_options = (opt_target, opt_to, opt_list, opt_reason)
     name = "rollback"
 
-    def execute(self, params: Any, args: list[str]) -> int:
+    def asked(self, params: Any, args: list[str]) -> Selection:
+        if not args:
+            raise ConfigError("`doit rollback` wants an operator", hint="`doit status` shows their names")
         self._patterns = args
-        self._selection = Selection(targets=frozenset(params["targets"]) or None)
-        try:
-            if not args:
-                raise ConfigError("`doit rollback` wants an operator", hint="`doit status` shows their names")
-            with selecting(self._selection):
-                code: int = super().execute(params, [])
-                return code
-        except (TvmakeError, InvalidDodoFile) as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            return ERROR
+        return selection_of((), params["targets"])
 
     def _execute(self, to: str, only_list: bool, reason: str) -> int:
         workspace = the_workspace(self.loader.namespace)
@@ -102,13 +94,28 @@ def _go(workspace: Workspace, operators: Operators, workload: Workload, to: str,
     except ConfigError as error:
         print(error, file=sys.stderr)
         return NOTHING
+    lock = read(workspace.folder / FILE) or Lock()  # one that is broken is told before anything is done
     before = _applied(operators, workload)
     go_back(operators, workload, wanted, reason)
     if workspace.lanes is not None:
         workspace.lanes.publish()
     print(f"{operators.target}:{workload.label}: {before} → {_applied(operators, workload)}")
-    print("  → type `doit build` to build with it")
+    if _is_held_back(workspace, operators, workload, lock):
+        print(held_back_for(1))
+    else:
+        print("  → type `doit build` to build with it")
     return OK
+
+
+def _is_held_back(workspace: Workspace, operators: Operators, workload: Workload, lock: Lock) -> bool:
+    """Whether a build goes on with the function that the lock names, whatever was decided now."""
+    from pipeline.locking import is_decided_otherwise
+
+    entry = lock.entry(operators.target, workload.digest)
+    if entry is None:
+        return False
+    file = load_target(workspace.target_file(operators.target))
+    return is_decided_otherwise(operators.ledger.standing(operators.key(workload)), file, workload, entry)
 
 
 def _applied(operators: Operators, workload: Workload) -> str:

@@ -6,20 +6,18 @@ import fnmatch
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from doit.cmd_base import DoitCmdBase
-from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere, opt_json, opt_target
-from pipeline.errors import ConfigError, TvmakeError
-from pipeline.workspace import Selection, Workspace, selecting, the_workspace
+from pipeline.commands.arguments import opt_json, opt_target
+from pipeline.commands.looking import NOTHING, OK, Looking, print_json, selection_of
+from pipeline.errors import ConfigError
+from pipeline.workspace import Selection, Workspace, the_workspace
 
 if TYPE_CHECKING:
     from pipeline.tuning.status import Row, Standing
-
-OK, NOTHING, ERROR = 0, 1, 2
 
 _WIDTH, _HEIGHT = 200, 40  # where the output is no terminal
 _FEW = 12  # characters of shapes that are better than none
@@ -29,7 +27,7 @@ _FEWEST = 3  # operators of a model that are shown whatever the height
 opt_all = {"name": "all", "short": "a", "long": "all", "type": bool, "default": False, "help": "show every operator"}
 
 
-class Status(OptionsAnywhere, DoitCmdBase):
+class Status(Looking):
     """Reads the manifests of artifacts, the times that the last build took down, and tuning records."""
 
     doc_purpose = "show where each operator stands, and what to do next"
@@ -56,27 +54,21 @@ Exit code: 0 shown, 1 a model is not built yet, 2 the workspace is at fault.
 """
     cmd_options = (opt_target, opt_all, opt_json)
     name = "status"
+    makes_tasks = False
 
-    def execute(self, params: Any, args: list[str]) -> int:
-        self._names, self._targets = args, frozenset(params["targets"]) or None
-        try:
-            # No task is needed: to make those of ten thousand operators takes longer than all the rest.
-            with selecting(Selection(models=frozenset(), targets=self._targets)):
-                code: int = super().execute(params, [])
-                return code
-        except (TvmakeError, InvalidDodoFile) as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            return ERROR
+    def asked(self, params: Any, args: list[str]) -> Selection:
+        self._names = args  # of models or operators: which, only the workspace knows
+        return selection_of((), params["targets"])
 
     def _execute(self, all: bool, json: bool) -> int:
         from pipeline.tuning.status import look
 
         workspace = the_workspace(self.loader.namespace)
         models, patterns = _split(workspace, self._names)
-        standings = look(workspace, Selection(models=models, targets=self._targets), self.dep_manager.get_values)
+        standings = look(workspace, replace(self._selection, models=models), self.dep_manager.get_values)
         standings = _only(standings, patterns)
         if json:
-            print(msgspec.json.format(msgspec.json.encode(list(map(_plain, standings)))).decode())
+            print_json(list(map(_plain, standings)))
         else:
             _show(standings, is_whole=all, is_part=bool(patterns))
         missing = [each for each in standings if each.problem]
@@ -93,8 +85,6 @@ def _split(workspace: Workspace, names: Sequence[str]) -> tuple[frozenset[str] |
 
 def _only(standings: Sequence[Standing], patterns: Sequence[str]) -> list[Standing]:
     """The models with the operators that are meant alone. Raises ConfigError where there is none of a name."""
-    import dataclasses
-
     if not patterns:
         return list(standings)
     wanted = {
@@ -107,7 +97,7 @@ def _only(standings: Sequence[Standing], patterns: Sequence[str]) -> list[Standi
         raise ConfigError(
             f"no model or operator is named {', '.join(patterns)}", hint="see their names with: doit status --all"
         )
-    chosen = [dataclasses.replace(each, rows=[row for row in each.rows if id(row) in wanted]) for each in standings]
+    chosen = [replace(each, rows=[row for row in each.rows if id(row) in wanted]) for each in standings]
     return [each for each in chosen if each.rows or each.problem]
 
 

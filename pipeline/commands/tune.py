@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.amounts import span_of
 from pipeline.commands.build import FAILED, INTERRUPTED, OK, Build, Session, counted, opt_executor, opt_jobs, opt_target
+from pipeline.config import load_target
 from pipeline.errors import ConfigError, TvmakeError
+from pipeline.lock import FILE, Lock, better_held_back, read
 from pipeline.workspace import Part, Selection, Workspace, the_workspace
 from pipeline.workspace import jobs as usual_jobs
 
@@ -67,7 +69,8 @@ Searches for faster functions for the operators of all models and targets, or fo
 
 Every finished batch is kept: it may be stopped at any time (Ctrl-C ends after the running batch,
 twice at once) and goes on from there. Nothing is measured twice. Every candidate is compared with
-the operator as it is before it may win.
+the operator as it is before it may win. Where there is a tuning.lock, a build uses what was found
+once `doit lock` has taken it over.
 
 Exit code: 0 done, 1 given up, or some model could not be built, 2 the workspace or the machine is
 at fault, 3 nothing could be measured, 4 all candidates of some operator were wrong, 130 stopped.
@@ -105,10 +108,12 @@ at fault, 3 nothing could be measured, 4 all candidates of some operator were wr
                     hint="see their names with: doit list --all",
                 )
             terms = local.terms(workspace, operators, seconds, trials)
+            lock = read(workspace.folder / FILE) or Lock()  # one that is broken is told before the night
             if plan:
                 return _show_plan(workspace, operators, left, terms)
             with _events(events) as stream:
                 code = _run(workspace, operators, left, terms, jobs or usual_jobs(), stream)
+                _say_held_back(workspace, operators, lock)
                 return code if code or self._is_whole else FAILED
         finally:
             workspace.stop()
@@ -216,6 +221,22 @@ def _say_unread(ledger: Ledger, operators: Sequence[Operator], aside: int) -> No
     if unread:
         told = f" ({newer} of a newer version of tvmake)" if newer else ""
         print(f"{counted(unread, 'tuning record')} could not be read{told}; set aside", file=sys.stderr)
+
+
+def _say_held_back(workspace: Workspace, operators: Sequence[Operator], lock: Lock) -> None:
+    """How many operators a build goes on with as the lock says, though something better is known of them."""
+    from pipeline import locking
+    from pipeline.tuning.ledger import Ledger
+
+    ratios = []
+    for target in dict.fromkeys(each.target for each in operators):
+        file = load_target(workspace.target_file(target))
+        ledger = Ledger.here(workspace.store, file.measure.noise)
+        for each in operators:
+            if each.target == target and (entry := lock.entry(target, each.workload.digest)) is not None:
+                ratios.append(locking.times_as_fast(ledger.standing(each.key), file, each.workload, entry))
+    if told := better_held_back([ratio for ratio in ratios if ratio > 1]):
+        print(told, file=sys.stderr)
 
 
 def _some(labels: Sequence[str]) -> str:

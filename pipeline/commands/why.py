@@ -6,19 +6,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from doit.cmd_base import DoitCmdBase
-from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere, opt_json, opt_target
-from pipeline.errors import ArtifactError, ConfigError, TvmakeError
-from pipeline.workspace import Selection, Workspace, selecting, the_workspace
+from pipeline.commands.arguments import opt_json, opt_target
+from pipeline.commands.looking import NOTHING, OK, Looking, print_json, selection_of
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.workspace import Selection, Workspace, the_workspace
 
 if TYPE_CHECKING:
     from pipeline.models import Model
     from pipeline.types import Profile
     from pipeline.why.accounts import Account, Artifact, ModelAccount
-
-OK, NOTHING, ERROR = 0, 1, 2
 
 opt_model = {
     "name": "models",
@@ -38,7 +35,7 @@ opt_builds = {
 }
 
 
-class Why(OptionsAnywhere, DoitCmdBase):
+class Why(Looking):
     """Reads manifests, the workspace's journal, the store and the tuning records."""
 
     doc_purpose = "tell why an operator was rebuilt, chosen or not, and where it came from"
@@ -63,22 +60,14 @@ at fault.
     cmd_options = (opt_target, opt_model, opt_builds, opt_json)
     name = "why"
 
-    def execute(self, params: Any, args: list[str]) -> int:
-        try:
-            if len(args) != 1:
-                hint = "type `doit why OPERATOR`; `doit report` lists operators"
-                raise ConfigError("`doit why` wants the name of one operator or model", hint=hint)
-            self._asked = args[0]
-            if params["builds"] < 1:
-                raise ConfigError(f"--builds is {params['builds']}", hint="give a number of 1 or more")
-            models, targets = (frozenset(params[name]) or None for name in ("models", "targets"))
-            self._selection = Selection(models=models, targets=targets)
-            with selecting(self._selection):
-                code: int = super().execute(params, [])
-                return code
-        except (TvmakeError, InvalidDodoFile) as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            return ERROR
+    def asked(self, params: Any, args: list[str]) -> Selection:
+        if len(args) != 1:
+            hint = "type `doit why OPERATOR`; `doit report` lists operators"
+            raise ConfigError("`doit why` wants the name of one operator or model", hint=hint)
+        if params["builds"] < 1:
+            raise ConfigError(f"--builds is {params['builds']}", hint="give a number of 1 or more")
+        self._asked = args[0]
+        return selection_of(params["models"], params["targets"])
 
     def _execute(self, builds: int, json: bool) -> int:
         workspace = the_workspace(self.loader.namespace)
@@ -93,7 +82,7 @@ at fault.
             except ArtifactError as error:
                 missing.append(f"{target}:{model.name}: {error}")
                 continue
-            told = _told(artifact, self._asked if not is_model else "", builds, self._profile(target, model))
+            told = _told(artifact, self._asked if not is_model else "", builds, self.profile(target, model.name))
             is_fresh = _is_fresh(workspace, target, model) if told else True
             accounts += [(each, is_fresh) for each in told]
         _show(accounts, json)
@@ -109,12 +98,6 @@ at fault.
             file=sys.stderr,
         )
         return NOTHING
-
-    def _profile(self, target: str, model: Model) -> Profile | None:
-        from pipeline.types import Profile
-
-        kept = (self.dep_manager.get_values(f"profile:{target}:{model.name}") or {}).get("profile")
-        return msgspec.convert(kept, Profile) if kept else None
 
 
 def _artifact(workspace: Workspace, target: str, model: Model) -> Artifact:
@@ -151,7 +134,7 @@ def _show(accounts: list[tuple[Account | ModelAccount, bool]], json: bool) -> No
 
     if json:
         plain = [{"fresh": fresh, **msgspec.to_builtins(each, str_keys=True)} for each, fresh in accounts]
-        print(msgspec.json.format(msgspec.json.encode(plain)).decode())
+        print_json(plain)
         return
     texts = [
         operator_text(each, fresh) if isinstance(each, Account) else model_text(each, fresh) for each, fresh in accounts

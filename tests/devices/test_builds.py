@@ -10,7 +10,7 @@ import models
 import pytest
 from conftest import WorkspaceFolder
 from test_strategies import CRASH, DENSE, LOOP, RIGHT, WRONG
-from test_tune import RELU, fill, implementations, records, tune
+from tuning_runs import RELU, fill, implementations, records, tune
 
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.records import Outcome, TrialRecord

@@ -130,15 +130,15 @@ def test_a_device_that_is_killed_and_comes_back_is_waited_for_and_no_candidate_i
     boards.await_free("reboots", 1)
     lasts = compiled("lasts", "usleep(20000); " + DOUBLE)
     found: list[tuple[dict[str, Trial], str]] = []
-    terms = Terms((0,), 3.0, 10.0)
+    terms = Terms((0,), 1.5, 10.0)
     thread = threading.Thread(target=lambda: found.append(tried(key, [lasts, lasts], terms)))
     thread.start()
     end = time.monotonic() + 60
     while boards.standing("reboots").busy == 0 and time.monotonic() < end:
         time.sleep(0.05)
-    time.sleep(2.0)
+    time.sleep(1.0)
     boards.end(server)
-    time.sleep(1.0)  # no server at all for a while
+    time.sleep(0.5)  # no server at all for a while
     server = boards.start("reboots")
     thread.join(120)
     boards.end(server)

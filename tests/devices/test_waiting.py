@@ -15,12 +15,12 @@ from tests.devices.boards import STARTING, Boards
 
 
 def test_a_device_that_stays_away_is_waited_for_aloud(boards: Boards) -> None:
-    gone = Device(boards.address, "gone", wait=5.0)
+    gone = Device(boards.address, "gone", wait=3.0)
     identity.remember(gone, "some board")
     told: list[str] = []
     with pytest.raises(DeviceError, match="no device gone came free"):
         asking.ask(gone, "", told.append)
-    assert told == [f"waiting up to 5 s for the device gone at the RPC tracker {boards.address}: none is there"]
+    assert told == [f"waiting up to 3 s for the device gone at the RPC tracker {boards.address}: none is there"]
 
 
 def test_a_device_that_others_use_is_waited_for_aloud_and_then_asked(boards: Boards) -> None:

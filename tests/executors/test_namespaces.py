@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import test_tune
+import tuning_runs
 from conftest import WorkspaceFolder
-from test_tune import event, finish, running, tune
+from tuning_runs import event, finish, running, tune
 
 from tests.executors.places import Hands
 from tests.executors.test_tuning import THREE, at, fill, frozen, require_timed_once, worker_process
@@ -72,7 +72,7 @@ def two(tmp_path: Path, network: list[str], _doubles_can_be_imported: None) -> I
 def test_whatever_is_lost_the_next_night_goes_on(workspace: WorkspaceFolder, two: Hands) -> None:
     """A worker killed while it measures, another frozen, the scheduler killed, then the driver: of what was timed
     nothing is timed again, and only what was at a post was lost."""
-    in_all = len(THREE) * len(test_tune.MANY)
+    in_all = len(THREE) * len(tuning_runs.MANY)
     fill(workspace, *THREE, many=True).build(TVMAKE_REMOTE=two.url).good()
     with running(workspace, **at(two)) as process:
         event(process, "phase", phase="measuring", post="a")
@@ -82,22 +82,22 @@ def test_whatever_is_lost_the_next_night_goes_on(workspace: WorkspaceFolder, two
         with frozen(worker_process(two, "b")):
             assert event(process, "post", change="lost")["post"] == "b"
         event(process, "batch")
-        before = test_tune.timed_in_all(workspace)
+        before = tuning_runs.timed_in_all(workspace)
         two.scheduler.kill()
         night = finish(process)
     assert night.done.code == 2
     assert "ERROR: the scheduler of" in night.done.err
-    kept = test_tune.timed_in_all(workspace)
+    kept = tuning_runs.timed_in_all(workspace)
     assert before <= kept <= before + 2 * BATCH
     two.again()
     if kept < in_all:
         with running(workspace, **at(two)) as process:
             event(process, "phase", phase="measuring")
             process.kill()
-    kept = test_tune.timed_in_all(workspace)
+    kept = tuning_runs.timed_in_all(workspace)
     last = tune(workspace, **at(two))
     last.done.good()
     assert sum(last.trials.values()) == in_all - kept
-    require_timed_once([workspace], len(test_tune.MANY))
+    require_timed_once([workspace], len(tuning_runs.MANY))
     workspace.build(TVMAKE_REMOTE=two.url).good()
-    assert set(test_tune.implementations(workspace).values()) == {"tuned"}
+    assert set(tuning_runs.implementations(workspace).values()) == {"tuned"}

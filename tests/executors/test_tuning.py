@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import test_tune
+import tuning_runs
 from conftest import WorkspaceFolder
-from test_tune import Night, event, finish, records, running, timed, tune
+from tuning_runs import Night, event, finish, records, running, timed, tune
 
 from pipeline.store import Store
 from pipeline.tuning.records import Record
@@ -38,7 +38,7 @@ def at(hands: Hands) -> dict[str, str]:
 
 
 def fill(workspace: WorkspaceFolder, *activations: str, many: bool = False) -> WorkspaceFolder:
-    test_tune.fill(workspace, *activations, space=test_tune.lanes(test_tune.MANY) if many else "")
+    tuning_runs.fill(workspace, *activations, space=tuning_runs.lanes(tuning_runs.MANY) if many else "")
     return workspace
 
 
@@ -96,13 +96,13 @@ def test_the_workers_of_a_cluster_are_the_posts_of_a_night(workspace: WorkspaceF
     night.done.good()
     assert night.of("begun")[0]["posts"] == ["a", "b"]
     assert set(posts(night)) == {"a", "b"}
-    assert night.trials == dict.fromkeys((test_tune.RELU, test_tune.TANH, test_tune.SIGMOID), 4)
+    assert night.trials == dict.fromkeys((tuning_runs.RELU, tuning_runs.TANH, tuning_runs.SIGMOID), 4)
     require_timed_once([workspace], 4)
     new = [each for each in Path(two.url.removeprefix("file://")).glob("cas/*/*") if each.name not in blobs]
     assert sum(each.stat().st_size for each in new) < 60_000, "records alone, no candidates"
     workspace.build(TVMAKE_REMOTE=two.url).good()
-    assert set(test_tune.implementations(workspace).values()) == {"tuned"}
-    test_tune.right(workspace, test_tune.relu, np.tanh, test_tune.sigmoid)
+    assert set(tuning_runs.implementations(workspace).values()) == {"tuned"}
+    tuning_runs.right(workspace, tuning_runs.relu, np.tanh, tuning_runs.sigmoid)
     again = tune(workspace, **at(two))
     assert again.done.good().last.startswith("nothing to tune")
     assert not again.events
@@ -127,14 +127,14 @@ def test_a_worker_that_is_killed_in_the_middle_costs_its_batch(workspace: Worksp
     night.done.good()
     assert night.ended["end"] == "done"
     assert set(posts(night)) == {"a", "b"}
-    require_timed_once([workspace], len(test_tune.MANY))
+    require_timed_once([workspace], len(tuning_runs.MANY))
 
 
 @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_two_drivers_tune_every_operator_once(
     new_workspace: Callable[[], WorkspaceFolder], two: Hands, many: bool
 ) -> None:
-    count = len(test_tune.MANY if many else test_tune.FEW)
+    count = len(tuning_runs.MANY if many else tuning_runs.FEW)
     ones = [fill(new_workspace(), "Relu", "Tanh", many=many), fill(new_workspace(), "Tanh", "Sigmoid", many=many)]
     for each in ones:
         each.build(TVMAKE_REMOTE=two.url).good()
@@ -174,14 +174,14 @@ def test_the_next_night_goes_on_where_one_was_lost(workspace: WorkspaceFolder, t
             assert "ERROR: the scheduler of" in night.done.err
             assert night.done.last.endswith("start it again and run the same command")
             assert night.ended["end"] == "broken"
-    kept = test_tune.timed_in_all(workspace)
-    assert 0 < kept < 3 * len(test_tune.MANY)
+    kept = tuning_runs.timed_in_all(workspace)
+    assert 0 < kept < 3 * len(tuning_runs.MANY)
     if victim == "scheduler":
         two.again()
     night = tune(workspace, **at(two))
     night.done.good()
-    assert sum(night.trials.values()) == 3 * len(test_tune.MANY) - kept
-    require_timed_once([workspace], len(test_tune.MANY))
+    assert sum(night.trials.values()) == 3 * len(tuning_runs.MANY) - kept
+    require_timed_once([workspace], len(tuning_runs.MANY))
 
 
 @pytest.mark.slow
@@ -195,14 +195,14 @@ def test_a_worker_that_is_frozen_is_lost_and_another_goes_on(workspace: Workspac
             assert time.monotonic() - began < 60
         night = finish(process)
     night.done.good()
-    require_timed_once([workspace], len(test_tune.MANY))
+    require_timed_once([workspace], len(tuning_runs.MANY))
 
 
 @pytest.fixture
 def served(workspace: WorkspaceFolder) -> WorkspaceFolder:
     """A workspace whose one target is measured on workers that are labelled `board`."""
     fill(workspace, "Relu", "Tanh")
-    text = test_tune.target("lanes", more='select = "fastest"')
+    text = tuning_runs.target("lanes", more='select = "fastest"')
     workspace.write("targets/native.toml", f'{text}[device]\nlabel = "board"\n')
     return workspace
 
@@ -226,7 +226,7 @@ def test_a_target_is_selected_and_tuned_on_the_workers_that_its_file_names(
     served.idle_build()
     (served.folder / ".doit.db").unlink()
     served.build().good()
-    assert set(test_tune.implementations(served).values()) == {"tuned"}, "what was measured is found without a worker"
+    assert set(tuning_runs.implementations(served).values()) == {"tuned"}, "what was measured is found without a worker"
 
 
 def measured(workspace: WorkspaceFolder) -> set[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .workspaces import ROOT, Place
+from .workspaces import ROOT, Place, finish
 
 pytest.importorskip("onnx")
 from . import networks
@@ -60,8 +60,8 @@ workspace = Workspace(
 
 
 def two_builds(tmp_path: Path, dodo: str) -> list[Place]:
-    """The same workspace in two places that have nothing in common but the machine."""
-    places = []
+    """The same workspace in two places that have nothing in common but the machine, at the same time."""
+    places, running = [], []
     for i, (user, deep, jobs, seed, zone) in enumerate(
         [("zebulon", "one", "1", "1", "UTC"), ("querida", "another/and/deeper", "3", "4242", "Asia/Tokyo")]
     ):
@@ -70,10 +70,12 @@ def two_builds(tmp_path: Path, dodo: str) -> list[Place]:
         place = Place(home / deep / "workspace", home / f"cache-{user}", dodo, TARGETS)
         networks.convolutional(place.folder / "net.onnx", 8)
         people = dict.fromkeys(("USER", "LOGNAME", "USERNAME", "HOSTNAME"), user)
-        place.build(
-            HOME=str(home), TVMAKE_JOBS=jobs, PYTHONHASHSEED=seed, TZ=zone, LC_ALL=("C", "C.UTF-8")[i], **people
-        )
+        said = {"TVMAKE_JOBS": jobs, "PYTHONHASHSEED": seed, "TZ": zone, "LC_ALL": ("C", "C.UTF-8")[i]}
+        running.append(place.start(HOME=str(home), **said, **people))
         places.append(place)
+    for place, outcome in zip(places, map(finish, running), strict=True):
+        assert outcome.code == 0, outcome.output
+        place.require_nobody_left()
     return places
 
 

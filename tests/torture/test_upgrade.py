@@ -13,7 +13,7 @@ import sys
 
 import pytest
 from conftest import WorkspaceFolder
-from test_tune import fill, implementations, records, right, standings, tune
+from tuning_runs import fill, implementations, records, right, standings, tune
 
 from pipeline.tuning.records import RetestRecord
 
