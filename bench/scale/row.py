@@ -133,7 +133,7 @@ def words(row: Row) -> Iterator[str]:
     orders, used = max(1.0, row.orders * row.seconds), row.hosts.counts
     parts = (("drivers", row.driver), ("dask", row.scheduler), ("hosts", row.hosts))
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in row.shares().items() if share >= 0.005)
-    stages = {name: round(used.get(name, 0)) for name in ("search", "codegen", "measure", "learn")}
+    stages = {name: round(used.get(name, 0)) for name in ("search", "compile", "codegen", "measure", "learn")}
     each = {name: f"{1e3 * part.cpu / orders:.1f}" for name, part in parts}
     grown = {name: f"{1024 * part.counts['grown'] / orders:.1f}" for name, part in parts}
     late, all_used = 1e3 * used["late"] / orders, used["used in all"]

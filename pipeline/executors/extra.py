@@ -24,7 +24,7 @@ _SETTINGS = {
     "distributed.nanny.pre-spawn-environ": {},
     "distributed.scheduler.worker-ttl": "20s",
     "distributed.scheduler.allowed-failures": ALLOWED_FAILURES,
-    "distributed.admin.low-level-log-length": 10,
+    "distributed.admin.low-level-log-length": 1,
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
