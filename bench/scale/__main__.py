@@ -46,7 +46,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=0, help="batches in preparation; 0: as the executor says")
     for name in ("seconds", "warm", "speed", "search", "codegen", "measure", "learn"):
         parser.add_argument(f"--{name}", type=float, default=getattr(usual, name))
-    parser.add_argument("--log", type=int, default=0, help="messages of each connection that dask keeps; 0: as tvmake has it")
+    parser.add_argument("--log", type=int, default=0, help="messages of each connection that dask keeps; 0: as usual")
     parser.add_argument("--paper", action="store_true", help="only this: what workers take, by arithmetic")
     parser.add_argument("--decisions", action="store_true", help="only this: our scheduler alone")
     parser.add_argument("--claims", type=int, nargs="+", help="only this: claims in stores of so many sets")
