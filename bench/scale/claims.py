@@ -15,16 +15,28 @@ from typing import Any
 
 from pipeline.hashing import Digest
 from pipeline.store import Store
+from pipeline.tuning.claims import Claims
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.records import Outcome, TrialRecord
 
-HEADS = ("sets", "other writers", "reads", "writes", "blobs read", "blobs written", "begin, ms", "end, ms")
+HEADS = (
+    "sets",
+    "other writers",
+    "reads",
+    "writes",
+    "blobs read",
+    "blobs written",
+    "begin, ms",
+    "end, ms",
+    "16 begin, ms",
+)
 _KINDS = ("action", "put_action", "blob", "put_blob")  # a remote's calls, in the order of the heads
 
 
 def claims(counts: Sequence[int], others: Sequence[int], times: int = 10) -> list[tuple[object, ...]]:
     """A line for each number of sets in the store and of stores that share the remote: of one claim with a batch of 16
-    records, the requests by kind, and milliseconds until it is taken and until it ends."""
+    records, the requests by kind, and milliseconds until it is taken, until it ends, and until 16 are taken that are
+    asked for side by side."""
     rows: list[tuple[object, ...]] = []
     for sets, writers in itertools.product(counts, others):
         with tempfile.TemporaryDirectory() as folder:
@@ -32,9 +44,10 @@ def claims(counts: Sequence[int], others: Sequence[int], times: int = 10) -> lis
             remote.asked.clear()
             begin, end = _claimed(ledger, sets, times)
             asked = {name: count / times for name, count in remote.asked.items()}
+            together = _claimed_together(ledger)
         requests = [asked.pop(kind, 0.0) for kind in _KINDS]
         print(f"  {sets} sets, {writers} others: beside these {asked}", flush=True)
-        rows.append((sets, writers, *requests, begin, end))
+        rows.append((sets, writers, *requests, begin, end, together))
     return rows
 
 
@@ -65,6 +78,16 @@ def _claimed(ledger: Ledger, sets: int, times: int) -> tuple[float, float]:
             added = time.perf_counter()
         begin, end = begin + taken - asked, end + time.perf_counter() - added
     return 1e3 * begin / times, 1e3 * end / times
+
+
+def _claimed_together(ledger: Ledger) -> float:
+    """Milliseconds until a night has 16 operators that it had not."""
+    claims, begun = Claims(ledger.claim), time.perf_counter()
+    try:
+        assert all(claims.take_all([_key(f"together{i}") for i in range(16)]))
+        return 1e3 * (time.perf_counter() - begun)
+    finally:
+        claims.release_all()
 
 
 def _key(name: str) -> str:

@@ -7,6 +7,7 @@
     scheduler  which operator the next batch of trials is for, and which have ended
     night      the loop: propose, build, measure, retest, write down; stopped at any time, it loses a batch at most
     batch      one batch and its course at a post; posts: where it is measured; calls: how that is waited for;
+               claims: that no other run has its operator;
                account: what is counted and told of it
     events     what happens in it, and who is told
     engine     how candidates are measured, by whatever runs stages; workshop: where they are made; candidates: how;

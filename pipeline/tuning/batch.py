@@ -103,7 +103,7 @@ class Engine(Protocol):
 
 
 class Ledger(Protocol):
-    """The sets of records, as the night uses them. Called from the night's thread alone."""
+    """The sets of records, as the night uses them. Called from the night's thread alone, but for `claim`."""
 
     def standing(self, key: str) -> Standing:
         """Where the operator with this key stands, records of other runs included."""
@@ -114,7 +114,8 @@ class Ledger(Protocol):
         ...
 
     def claim(self, key: str) -> AbstractContextManager[bool]:
-        """Yields whether no other run is at this operator; keeps others from it within the block."""
+        """Yields whether no other run is at this operator; keeps others from it within the block. May be entered for
+        several operators at once, each in a thread of its own."""
         ...
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +35,7 @@ from pipeline.tuning.batch import Engine as Engine
 from pipeline.tuning.batch import Ledger as Ledger
 from pipeline.tuning.batch import PostLostError as PostLostError
 from pipeline.tuning.calls import Calls, InTurn, Threads
+from pipeline.tuning.claims import Claims
 from pipeline.tuning.events import End, Ended, Watcher
 from pipeline.tuning.posts import Post, Posts
 from pipeline.tuning.records import CompletedRecord, Outcome
@@ -101,7 +102,7 @@ class Night:
         self._unretested: deque[Operator] = deque()  # whose post was lost when it retested what leads
         self._elsewhere: list[Turn] = []
         self._waits = False  # for other runs, and has said so
-        self._claims = _Claims(ledger)
+        self._claims = Claims(ledger.claim)
         self._in_hand: dict[str, Collection[str]] = {}  # digests that are being measured, by operator
         self._row: tuple[str, int] = ("", 0)  # kind of the last failures, and how many there were in a row
         self._lost: Counter[str] = Counter()  # posts in a row, by operator
@@ -190,27 +191,41 @@ class Night:
     def _fill(self) -> None:
         """Has as many batches in preparation as the engine takes, and ready as there are posts."""
         workers = max(1, self._engine.workers)
-        while len(self._pending) < max(workers, self._posts.count) and len(self._preparing) < workers:
+        while True:
+            most = min(max(workers, self._posts.count) - len(self._pending), workers - len(self._preparing))
+            turns = list(self._picked(most))
+            if not turns:
+                return
+            claimed = self._claims.take_all([turn.operator.key for turn in turns])
+            for turn, is_ours in zip(turns, claimed, strict=True):
+                if is_ours:
+                    self._prepare(turn)
+                else:
+                    self._elsewhere.append(turn)
+
+    def _picked(self, most: int) -> Iterator[Turn]:
+        """What is next, at most so many: claims are asked for together, as each may take a moment."""
+        for _ in range(most):
             turn = self.scheduler.pick(self._account.elapsed) if not self._stops else None
             if turn is None:
                 return
-            key = turn.operator.key
-            if not self._claims.take(key):
-                self._elsewhere.append(turn)
-                continue
-            standing = self._ledger.standing(key)
-            state = self.scheduler.states[key]
-            if len(standing.trials) != state.trials:  # another run was there in the meantime
-                self.scheduler.put_back(turn)
-                self._account.note_ended(self.scheduler.update(turn.operator, standing))
-                self._claims.release(key)
-                continue
-            known = replace(standing, tried=standing.tried.union(self._in_hand.get(key, ())))
-            self._account.tell_phase(turn.operator, "preparing")
-            picked = self._engine.now()
-            batch = self._calls.begin(self._engine.prepare, turn.operator, known, turn.count)
-            self._preparing[batch] = pending = _Pending(turn, picked, batch)
-            self._pending.append(pending)
+            yield turn
+
+    def _prepare(self, turn: Turn) -> None:
+        """Has the engine prepare a batch of an operator that this run has claimed."""
+        key = turn.operator.key
+        standing = self._ledger.standing(key)
+        if len(standing.trials) != self.scheduler.states[key].trials:  # another run was there in the meantime
+            self.scheduler.put_back(turn)
+            self._account.note_ended(self.scheduler.update(turn.operator, standing))
+            self._claims.release(key)
+            return
+        known = replace(standing, tried=standing.tried.union(self._in_hand.get(key, ())))
+        self._account.tell_phase(turn.operator, "preparing")
+        picked = self._engine.now()
+        batch = self._calls.begin(self._engine.prepare, turn.operator, known, turn.count)
+        self._preparing[batch] = pending = _Pending(turn, picked, batch)
+        self._pending.append(pending)
 
     def _await(self) -> None:
         """Waits a moment for a call to end."""
@@ -375,37 +390,6 @@ class Night:
         if not account.timed and (account.fresh or any(state.why is Why.PUT_ASIDE for state in states)):
             return End.NOTHING_MEASURED
         return End.BROKEN if self._broken else End.DONE
-
-
-class _Claims:
-    """The operators that this run has, each as often as it has a batch of it."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._held: dict[str, tuple[contextlib.ExitStack, int]] = {}
-
-    def take(self, key: str) -> bool:
-        if key in self._held:
-            stack, count = self._held[key]
-            self._held[key] = stack, count + 1
-            return True
-        stack = contextlib.ExitStack()
-        if not stack.enter_context(self._ledger.claim(key)):
-            stack.close()
-            return False
-        self._held[key] = stack, 1
-        return True
-
-    def release(self, key: str) -> None:
-        stack, count = self._held.pop(key)
-        if count > 1:
-            self._held[key] = stack, count - 1
-        else:
-            stack.close()
-
-    def release_all(self) -> None:
-        for key in list(self._held):
-            self._held.pop(key)[0].close()
 
 
 def _is_all_wrong(state: State) -> bool:
