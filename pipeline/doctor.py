@@ -264,9 +264,10 @@ def _devices_of(answer: dict[str, Standing] | DeviceError, tracker: str, key: st
 
 def executor() -> Finding:
     """Looks at who would run the stages of a build here."""
-    from pipeline.executors import VARIABLE
+    from pipeline.executors import VARIABLE, require_meant
 
     named = os.environ.get(VARIABLE, "")
+    require_meant(named)
     if "://" not in named:
         return _ok(f"{named or 'processes of this machine'}")
     from pipeline.executors.dask import address_of

@@ -133,8 +133,10 @@ def first_line(error: BaseException) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of what an exception says, after the trace of C++ frames that TVM puts before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The last line of what an exception says, after the trace of C++ frames that TVM puts before it, and without what
+    to do about it."""
+    said = error.message if isinstance(error, TvmakeError) else str(error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 

@@ -184,6 +184,26 @@ def test_help(dense: WorkspaceFolder) -> None:
     assert "build" in dense.doit("help").good().out
 
 
+@pytest.mark.parametrize("command", ["build", "tune", "lock", "status", "cache", "cluster"])
+def test_what_is_typed_wrong_is_told_in_a_sentence(dense: WorkspaceFolder, command: str) -> None:
+    for help_ in ("--help", "-h"):
+        assert "Exit code" in dense.doit(command, help_).good().out
+    done = dense.doit(command, "--nope")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines() == [
+        f"ERROR: doit {command}: option --nope not recognized",
+        f"  → its options: doit help {command}",
+    ]
+
+
+@pytest.mark.parametrize("command", ["build", "tune", "lock"])
+def test_there_are_no_negative_jobs(dense: WorkspaceFolder, command: str) -> None:
+    done = dense.doit(command, "-j", "-1")
+    assert done.code == 2
+    assert "is -1" in done.err
+    assert "give a number of 1 or more" in done.err
+
+
 # What one sees
 
 

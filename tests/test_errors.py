@@ -6,7 +6,16 @@ import pickle
 import pytest
 
 from pipeline import errors
-from pipeline.errors import CheckError, StageError, StoreError, TvmakeError, WorkerDiedError, explain_os_error
+from pipeline.errors import (
+    CheckError,
+    DeviceError,
+    StageError,
+    StoreError,
+    TvmakeError,
+    WorkerDiedError,
+    explain_os_error,
+    last_line,
+)
 
 STAGE_ERRORS = (StageError, WorkerDiedError, CheckError)
 
@@ -51,3 +60,9 @@ def test_a_refusal_of_the_system_is_explained_with_a_hint(number: int) -> None:
 
 def test_an_unknown_refusal_is_still_a_sentence() -> None:
     assert str(explain_os_error(OSError("odd"), "writing x")) == "writing x: odd"
+
+
+def test_the_last_line_is_of_what_is_wrong_and_not_of_what_to_do() -> None:
+    assert last_line(DeviceError("no board came free", hint="start one")) == "no board came free"
+    assert last_line(RuntimeError("a trace\n  of frames\nValueError: no loops")) == "ValueError: no loops"
+    assert last_line(KeyError()) == "KeyError"

@@ -6,6 +6,7 @@ The servers are real; what is not installed is skipped.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -506,6 +507,19 @@ def test_what_is_pushed_can_be_pulled(
     assert "missing: codegen of native:" in lacking.out or "missing: link of native:net" in lacking.out
     one.cache("push", **folder).good()
     assert one.cache("lookup", **folder).code == 0
+
+
+def test_json_is_printed_or_refused(built: Machine) -> None:
+    assert "usage" in json.loads(built.cache("stats", "--json").good().out)
+    done = built.cache("verify", "--json")
+    assert (done.code, done.out) == (2, "")
+    assert "`doit cache verify` prints no JSON" in done.err
+
+
+def test_what_nobody_takes_is_not_pushed(built: Machine) -> None:
+    done = built.cache("push", TVMAKE_REMOTE="http://127.0.0.1:9/")
+    assert done.code == 1, done.out
+    assert re.search(r"native:net: 0 of [1-9]\d* entries sent", done.out)
 
 
 def test_a_target_at_fault_keeps_no_other_from_being_shared(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import getopt
 import itertools
+import sys
 
 from doit.cmd_base import Command
+from doit.cmdparse import CmdParseError
+
+_WRONG = 2  # the exit code of a command that was typed wrong
 
 # Of commands that look at what is there.
 opt_target = {
@@ -26,9 +29,15 @@ class OptionsAnywhere(Command):
     def parse_execute(self, in_args: list[str]) -> int:
         """build squeezenet -j 2  →  build -j 2 -- squeezenet, which is all that doit understands"""
         parser = self.cmdparser
-        with contextlib.suppress(getopt.error):  # doit says it in words of its own
+        if not {"-h", "--help"}.isdisjoint(in_args):
+            print(self.help())
+            return 0
+        try:
             given, names = getopt.gnu_getopt(in_args, parser.get_short(), parser.get_long())
             options = [[name] if parser.get_option(name)[0].type is bool else [name, value] for name, value in given]
-            in_args = [*itertools.chain(*options), "--", *names]
-        code: int = super().parse_execute(in_args)
+            code: int = super().parse_execute([*itertools.chain(*options), "--", *names])
+        except (getopt.error, CmdParseError) as error:
+            said = str(error).partition(" (parsing options")[0].removeprefix("Error parsing Command: ")
+            print(f"ERROR: doit {self.name}: {said}\n  → its options: doit help {self.name}", file=sys.stderr)
+            return _WRONG
         return code

@@ -18,7 +18,7 @@ from doit.runner import MThreadRunner
 from doit.task import Stream
 
 from pipeline.commands.arguments import OptionsAnywhere
-from pipeline.errors import TvmakeError
+from pipeline.errors import ConfigError, TvmakeError
 from pipeline.workspace import Part, Selection, Use, Workspace, selecting, the_workspace
 
 OK, FAILED, ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -149,8 +149,11 @@ the machine is at fault, 130 interrupted. What was done is kept in every case.
         """Writes doit's database, and opens it again: a round that is over is not lost when the next one is killed."""
         done = self.dep_manager
         done.close()
+        self._open_database(done, done.backend.name)
+
+    def _open_database(self, like: Any, name: str) -> None:
         self.dep_manager = Globals.dep_manager = Dependency(
-            done.db_class, done.backend.name, type(done.checker), type(done.backend.codec)
+            like.db_class, name, type(like.checker), type(like.backend.codec)
         )
 
     def _dump(self, workspace: Workspace, folder: Path) -> None:
@@ -176,6 +179,8 @@ class Session:
         self.begun: set[str] = set()  # names of the tasks that there were
         self.code = OK
         self._wanted = wanted
+        if wanted < 0:
+            raise ConfigError(f"-j is {wanted}", hint="give a number of 1 or more")
         self._told: set[str] = set()
 
     def run(self, tasks: list[Any]) -> None:

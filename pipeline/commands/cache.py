@@ -113,6 +113,8 @@ workspace, the settings or the machine is at fault, 130 interrupted.
             if verb not in VERBS:
                 said = f"`doit cache {verb}` is unknown" if verb else "`doit cache` wants to know what to do"
                 raise ConfigError(said, hint=f"verbs: {', '.join(VERBS)}; see: doit help cache")
+            if params["json"] and verb not in _WITH_JSON:
+                raise ConfigError(f"`doit cache {verb}` prints no JSON", hint=f"these do: {', '.join(_WITH_JSON)}")
             self._verb = VERBS[verb]
             targets = frozenset(params["targets"]) or None
             self._asked = Asked(names, targets, params["json"], params["dry_run"], params["size"], params["age"])
@@ -284,7 +286,8 @@ def _push(workspace: Workspace, asked: Asked) -> int:
     pairs = asked.pairs(workspace)
     remote = sharing.require_remote(workspace)
     with _left(f"sending to {remote.remote.name}") as left:
-        code = _say_moved(sharing.push(workspace, pairs, left), "sent", asked.json)
+        moved = sharing.push(workspace, pairs, left)
+    code = max(_say_moved(moved, "sent", asked.json), INCOMPLETE if any(e.entries < e.of for e in moved) else OK)
     _say(f"{_bytes(remote.counts.sent)} sent; what was there already was not sent again")
     return code
 
@@ -364,6 +367,7 @@ def _key(workspace: Workspace, asked: Asked) -> int:
     return OK
 
 
+_WITH_JSON = ("stats", "lookup", "push", "pull")
 VERBS: dict[str, Callable[[Workspace, Asked], int]] = {
     "stats": _stats,
     "verify": _verify,

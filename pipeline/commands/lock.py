@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -118,16 +122,34 @@ was written, 2 the workspace or the machine is at fault,
         workspace = session.workspace
         workspace.follow(Following(before, anew=self._is_meant))
         session.run(self.task_list)
-        self._run(session, _DECIDING)
-        if session.code:
-            return None
-        after = self._lines(workspace, before)
-        workspace.follow(Following(after))
-        self._run(session, (*_DECIDING, "pack", "link", "check", "profile"))
+        with self._tried_out():
+            self._run(session, _DECIDING)
+            if session.code:
+                return None
+            after = self._lines(workspace, before)
+            workspace.follow(Following(after))
+            self._run(session, (*_DECIDING, "pack", "link", "check", "profile"))
         self._say_problems(session)
         if session.code or self._not_made_again(session, before, after):
             return None
         return _with_times(workspace, self._selection, after)
+
+    @contextlib.contextmanager
+    def _tried_out(self) -> Iterator[None]:
+        """Within the block doit remembers what it does in a copy of its database, which is thrown away: what it kept of
+        the artifacts that there are, their times say, stays theirs until they are written anew."""
+        own = self.dep_manager
+        own.close()
+        place = Path(own.backend.name)
+        with tempfile.TemporaryDirectory(prefix="tvmake-lock-") as folder:
+            for file in place.parent.glob(f"{place.name}*"):
+                shutil.copy(file, folder)
+            self._open_database(own, str(Path(folder) / place.name))
+            try:
+                yield
+            finally:
+                self.dep_manager.close()
+                self._open_database(own, str(place))
 
     def _run(self, session: Session, stages: Sequence[str]) -> None:
         """Runs these stages of what was extracted; where none are named, all."""

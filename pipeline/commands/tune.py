@@ -95,7 +95,7 @@ at fault, 3 nothing could be measured, 4 all candidates of some operator were wr
 
         workspace = the_workspace(self.loader.namespace)
         seconds = _seconds(budget)
-        for name, number in (("trials", trials), ("top", top)):
+        for name, number in (("trials", trials), ("top", top), ("jobs", jobs)):
             if number < 0:
                 raise ConfigError(f"--{name} is {number}", hint="give a number of 1 or more")
         try:
@@ -199,7 +199,7 @@ def _run(
     aside = workspace.store.counts.torn  # what was found torn when the operators were looked through
     ledger = Ledger.here(workspace.store, terms.noise)
     scheduler = Scheduler(operators, ledger.standing, terms)
-    if not scheduler.plan().seconds:
+    if not scheduler.plan().seconds and not scheduler.owed_retests():
         _say_unread(ledger, operators, aside)
         print(face.nothing_to_do(scheduler), file=sys.stderr)
         return OK

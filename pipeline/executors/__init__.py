@@ -10,8 +10,8 @@ What the last three share: `driving` (the driver's side), `crew` (who is there),
 `placing` (who may run what), `orders` (what travels), `working` (the worker's side), `serving` (to start workers and
 schedulers by hand). Only these import dask, when they are asked for.
 
-To add one: a file with a function `open_executor(text, job) -> Executor`, and a line in `_OPENERS`; tests/executors
-runs the contract's suite over it.
+To add one: a file with functions `open_executor(text, job) -> Executor` and `require_meant(text)`, which raises what is
+wrong with a name, and a line in `_OPENERS`; tests/executors runs the contract's suite over it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
 from pipeline.executors.contract import Executor, Say, warn
@@ -69,14 +69,24 @@ def open_executor(text: str, job: Job) -> Executor:
     Raises ConfigError for a name that cannot be meant, SetupError where a package or a command is missing,
     ExecutorError where nobody answers or no worker can do the work: within seconds.
     """
-    scheme, colon, _ = text.partition(":")
     if not text or text == "local":
         from pipeline.workers import Workers
 
         return Workers(job.store.root, job.jobs, job.temporary, durable=job.durable, say=job.say)
+    executor: Executor = _module_of(text).open_executor(text, job)
+    return executor
+
+
+def require_meant(text: str) -> None:
+    """Raises ConfigError or SetupError where an executor of this name could not be opened, as far as that can be told
+    without asking anybody."""
+    if text not in ("", "local"):
+        _module_of(text).require_meant(text)
+
+
+def _module_of(text: str) -> Any:
+    scheme, colon, _ = text.partition(":")
     if scheme not in _OPENERS or not colon:
         known = "local, dask://HOST:PORT, dask-local:WORKERS, slurm:OPTIONS (or pbs, sge, lsf, oar, moab, htcondor)"
         raise ConfigError(f"there is no executor {text!r}", hint=f"what is known: {known}")
-    module = importlib.import_module(f"pipeline.executors.{_OPENERS[scheme]}")
-    executor: Executor = module.open_executor(text, job)
-    return executor
+    return importlib.import_module(f"pipeline.executors.{_OPENERS[scheme]}")

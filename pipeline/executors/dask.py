@@ -27,6 +27,11 @@ def open_executor(text: str, job: Job) -> Executor:
     return DaskExecutor(job, Cluster(address, client, lambda: closed(client)))
 
 
+def require_meant(text: str) -> None:
+    load()
+    address_of(text)
+
+
 def address_of(text: str) -> str:
     """dask://host:8786  →  tcp://host:8786"""
     scheme, _, rest = text.partition("://")

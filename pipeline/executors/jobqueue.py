@@ -60,6 +60,11 @@ def open_executor(text: str, job: Job) -> Executor:
     return DaskExecutor(job, Cluster(scheme, client, close, patience=math.inf, threads=threads))
 
 
+def require_meant(text: str) -> None:
+    options_of(text)
+    _class_of(text.partition(":")[0])
+
+
 def options_of(text: str) -> dict[str, str]:
     """slurm:jobs=20,queue=long  →  {"jobs": "20", "queue": "long", …}"""
     options = dict(_USUAL)

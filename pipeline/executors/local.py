@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.executors import Job
     from pipeline.executors.contract import Executor
 
-_START, _CLOSE = 60.0, 10.0  # seconds
+_START, _CLOSE = 60.0, 2.0  # seconds
 _MOST = 512
 
 
@@ -41,6 +41,11 @@ def open_executor(text: str, job: Job) -> Executor:
         close()
         raise ExecutorError(f"{text} did not start: {error}", hint="see: doit doctor") from error
     return DaskExecutor(job, Cluster(text, client, close, is_here=True))
+
+
+def require_meant(text: str) -> None:
+    count_of(text)
+    load()
 
 
 def count_of(text: str) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import ExecutorError, SetupError
+from pipeline.errors import ConfigError, ExecutorError, SetupError
 from pipeline.executors.crew import ANNOUNCED, worker_of
 from pipeline.executors.dask import closed, connected
 from pipeline.executors.extra import NO_DASHBOARD, PRELOAD, load
@@ -21,6 +21,7 @@ from pipeline.executors.placing import Worker
 from pipeline.executors.working import LABELS, NAME
 
 _LOOK, _PAUSE = 5.0, 2.0  # seconds
+_LAST_PORT = 65535
 
 Say = Callable[[str], None]
 
@@ -74,7 +75,10 @@ def _wait_for(address: str) -> None:
 
 
 def run_scheduler(host: str, port: int, say: Say) -> None:
-    """A scheduler until this process is told to end. Raises SetupError where the port cannot be had."""
+    """A scheduler until this process is told to end. Raises ConfigError for a port that is none, SetupError where it
+    cannot be had."""
+    if not 0 <= port <= _LAST_PORT:
+        raise ConfigError(f"--port is {port}", hint=f"give a number from 0, any that is free, to {_LAST_PORT}")
 
     async def serve() -> None:
         scheduler = load().Scheduler(host=host or None, port=port, **NO_DASHBOARD)
@@ -83,9 +87,13 @@ def run_scheduler(host: str, port: int, say: Say) -> None:
                 say(f"the scheduler is at {scheduler.address}; Ctrl-C ends it")
                 say(f"on each machine that is to work: doit cluster worker {scheduler.address}")
                 await scheduler.finished()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # dask raises the second from the first
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
             raise SetupError(
-                f"no scheduler can listen at port {port}: {error.strerror or error}", hint="give another: --port 0"
+                f"no scheduler can listen at {host or 'any address'}, port {port}: {cause.strerror or cause}",
+                hint="give another: --port 0, and an address of this machine: --host",
             ) from error
 
     asyncio.run(serve())

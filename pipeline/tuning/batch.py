@@ -21,7 +21,7 @@ from pipeline.errors import TvmakeError
 from pipeline.tuning.account import Account
 from pipeline.tuning.calls import Calls
 from pipeline.tuning.posts import Post
-from pipeline.tuning.records import Outcome, Record, RetestRecord, Standing, TrialRecord, ratio
+from pipeline.tuning.records import Outcome, Record, RetestRecord, Standing, TrialRecord
 from pipeline.tuning.scheduler import Scheduler, Turn
 from pipeline.tuning.states import Operator, State, Terms, Why
 
@@ -195,7 +195,7 @@ class Courses:
         standing = self._ledger.standing(operator.key)
         left = _RETESTS
         for leader in self._leaders(operator, records, standing):
-            if not left or _sure_ratio(leader) <= standing.gain * (1 + self._terms.noise):
+            if not left or not standing.leads(leader, self._terms.noise):
                 break
             if written and self._stopped():
                 break  # one was enough to wait for
@@ -221,9 +221,8 @@ class Courses:
         trials = [each for each in records if isinstance(each, TrialRecord)]
         if operator.key not in self._visited:
             self._visited.add(operator.key)
-            trials = list(standing.trials)
-        timed = (each for each in trials if each.outcome is Outcome.TIMED and each.candidate not in standing.retested)
-        return sorted(timed, key=_sure_ratio, reverse=True)
+            return standing.leaders()
+        return standing.leaders(trials)
 
     def _end_where_fruitless(self, state: State, is_new: bool) -> None:
         key = state.operator.key
@@ -251,11 +250,6 @@ class Courses:
         future = self._calls.begin(call, *arguments, post=post.name)
         yield future
         return future.result()
-
-
-def _sure_ratio(trial: TrialRecord) -> float:
-    """The ratio of a trial less what may be noise in it: what a retest is worth for."""
-    return ratio(trial) * (1 - min(trial.noise, 0.5))
 
 
 def _is_gone(record: Record) -> bool:

@@ -99,7 +99,8 @@ class Night:
         self._pending: list[_Pending] = []
         self._preparing: dict[Future[Batch], _Pending] = {}
         self._running: dict[Future[Any], _Running] = {}  # by the call that they wait for
-        self._unretested: deque[Operator] = deque()  # whose post was lost when it retested what leads
+        # Whose post was lost, or whose run ended, before what leads of them was retested.
+        self._unretested = deque(self.scheduler.owed_retests())
         self._elsewhere: list[Turn] = []
         self._waits = False  # for other runs, and has said so
         self._claims = Claims(ledger.claim)

@@ -301,6 +301,7 @@ class Standing:
     retries   how often a candidate was tried again after a failure that may be the machine's
     claims    candidates that were timed elsewhere and not tried here yet, the fastest first
     retested  candidates that were retested, whatever came of it
+    seconded  Unix time of the last retest, 0 where there was none
     budget    the largest budget, in seconds, that was used to its end; 0 where none was
     preferred what somebody decided last, None where nobody did
     withdrawn what was invalidated, in the order of time
@@ -316,6 +317,7 @@ class Standing:
     retries: int = 0
     claims: tuple[TrialRecord, ...] = ()
     retested: frozenset[str] = frozenset()
+    seconded: float = 0.0
     budget: float = 0.0
     unproven: tuple[Winner, ...] = ()
     preferred: PreferredRecord | None = None
@@ -324,6 +326,20 @@ class Standing:
     @property
     def best(self) -> Winner | None:
         return self.winners[0] if self.winners else None
+
+    def leaders(self, among: Iterable[TrialRecord] | None = None) -> list[TrialRecord]:
+        """What of these trials, by default of all, was timed and not retested yet, the best first."""
+        trials = self.trials if among is None else among
+        timed = (each for each in trials if each.outcome is Outcome.TIMED and each.candidate not in self.retested)
+        return sorted(timed, key=sure_ratio, reverse=True)
+
+    def leads(self, trial: TrialRecord, noise: float) -> bool:
+        """Whether a trial seems faster than the best winner, beyond the noise: what a retest is made for."""
+        return sure_ratio(trial) > self.gain * (1 + noise)
+
+    def is_owed_a_retest(self, noise: float) -> bool:
+        """Whether what leads was timed after the last retest: the run that timed it did not come to that."""
+        return any(self.leads(each, noise) and each.at > self.seconded for each in self.leaders()[:1])
 
     def applied(self) -> tuple[tuple[Winner, ...], bool]:
         """What may be applied, in the order in which it is tried, and whether that was validated with today's tools."""
@@ -358,6 +374,11 @@ def ratio(trial: TrialRecord) -> float:
     if trial.outcome is not Outcome.TIMED or not trial.seconds or not trial.baseline:
         return 0.0
     return trial.baseline / trial.seconds
+
+
+def sure_ratio(trial: TrialRecord) -> float:
+    """The ratio of a trial less what may be noise in it: what a retest is worth for."""
+    return ratio(trial) * (1 - min(trial.noise, 0.5))
 
 
 def live(members: Mapping[str, Record]) -> list[Record]:
@@ -403,6 +424,7 @@ def standing(records: Iterable[Record], noise: float, tools: Mapping[str, str] |
         retries=sum(_retries(each) for each in said.values()),
         claims=tuple(sorted(claims, key=lambda trial: (trial.seconds or math.inf, trial.candidate))),
         retested=frozenset(name for name, said in proven.items() if said),
+        seconded=max((record.at for record in listed if isinstance(record, RetestRecord)), default=0.0),
         budget=max((each.budget for each in listed if isinstance(each, CompletedRecord)), default=0.0),
     )
 

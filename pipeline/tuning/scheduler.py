@@ -103,6 +103,7 @@ class Scheduler:
         for state in self._order:
             known = standing(state.operator.key)
             state.again = untried(state.operator, known)
+            state.is_owed_a_retest = known.is_owed_a_retest(terms.noise)
             state.grace = len(known.trials) + terms.patience if state.operator.is_stale else 0
             self._read(state, known)
         self._guess = statistics.median([state.before for state in self._order if state.before] or [1.0])
@@ -174,6 +175,10 @@ class Scheduler:
         state.why, state.said = why, said
         self._push(state)
         return state
+
+    def owed_retests(self) -> list[Operator]:
+        """Those that had ended before this run, while what leads of them was never retested."""
+        return [each.operator for each in self._order if each.is_owed_a_retest and each.why is not None]
 
     def share(self, state: State) -> float:
         """Its share of the time of the chosen models, all together, as they are now."""

@@ -155,6 +155,7 @@ class State:
     flying: int = 0  # candidates of batches that are under way
     preparing: bool = False
     looked: bool = False  # whether there was a trial of it
+    is_owed_a_retest: bool = False  # an earlier run ended before it came to that
     completed: float = 0.0  # seconds of the largest budget that it had a part in and that was used to its end
     owed: bool = False  # has a right to its share, also where the budget is spent
     again: frozenset[str] = frozenset()  # candidates of earlier runs, or of others, that this run may try

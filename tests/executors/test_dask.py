@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -17,8 +18,10 @@ import pytest
 import stage_doubles
 from stage_doubles import double
 
+from pipeline import doctor
 from pipeline.errors import ConfigError, ExecutorError, SetupError, StageError, TvmakeError, WorkerDiedError
-from pipeline.executors import open_executor
+from pipeline.executors import open_executor, require_meant
+from pipeline.executors.serving import run_scheduler
 from pipeline.memoizer import Action
 from pipeline.processor import device
 from pipeline.store import Store
@@ -54,6 +57,27 @@ def refused(text: str, folder: Path, url: str = "", toolchain: Toolchain | None 
     with soon(), pytest.raises(TvmakeError) as caught:
         open_executor(text, made).stop()
     return caught.value
+
+
+@pytest.mark.parametrize("text", ["foo", "dask://nowhere", "dask-local:x", "slurm:jobs=0", "slurm:colour=red"])
+def test_what_cannot_be_meant_is_told_without_asking_anybody(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with soon(), pytest.raises(ConfigError):
+        require_meant(text)
+    monkeypatch.setenv("TVMAKE_EXECUTOR", text)
+    with pytest.raises(ConfigError):
+        doctor.executor()
+
+
+def test_a_scheduler_that_cannot_listen_says_so() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match="--port is 99999"):
+            run_scheduler("127.0.0.1", 99999, print)
+        with soon(), pytest.raises(SetupError, match=f"no scheduler can listen at 127.0.0.1, port {port}: ") as caught:
+            run_scheduler("127.0.0.1", port, print)
+    assert "--port 0" in caught.value.hint
 
 
 # lost

@@ -126,3 +126,11 @@ def test_the_changes_as_json(machine: Machine) -> None:
     assert {plain(each["operator"]): each["after"]["use"] for each in told} == {RELU: "tuned", SIGMOID: "tuned"}
     assert all(each["before"] is None for each in told)
     assert not machine.path.exists()
+
+
+def test_a_dry_run_changes_nothing_that_is_kept_of_the_artifact(machine: Machine) -> None:
+    """Not its times either, which are those of what was built and not of what would be."""
+    shown = machine.workspace.doit("report", "net").good().out
+    machine.workspace.doit("rollback", f"{RELU}*", "--to", "none").good()
+    machine.workspace.doit("lock", "-n").good()
+    assert machine.workspace.doit("report", "net").good().out == shown

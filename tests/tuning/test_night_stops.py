@@ -12,9 +12,11 @@ import pytest
 from pipeline.tuning.events import End, Ended
 from pipeline.tuning.fakes import NO_FAULTS, FakeEngine, Faults, MemoryLedger
 from pipeline.tuning.night import Batch
-from pipeline.tuning.records import Outcome, Record, RetestRecord, Standing, TrialRecord
-from pipeline.tuning.states import Operator
+from pipeline.tuning.records import Certificate, Outcome, Record, RetestRecord, Standing, TrialRecord, standing
+from pipeline.tuning.states import Operator, Terms
 from tests.tuning.nights import OPERATORS, StoppingAt, at_posts, many, night, trials
+
+CERTIFICATE = Certificate("default", (0, 1), 1e-4, 0.0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -170,3 +172,36 @@ def test_stopped_twice_several_batches_are_given_up_and_what_could_not_be_built_
     assert set(measured) <= set(ledger.records)
     assert not ledger._claimed
     held.set()
+
+
+def test_what_was_timed_and_not_retested_is_retested_by_the_next_run_though_all_has_ended() -> None:
+    """A run that is killed between the two leaves records of trials alone."""
+    terms = Terms(trials=16)
+    ledger = MemoryLedger()
+    assert night(engine=FakeEngine(faults=NO_FAULTS), ledger=ledger, terms=terms)[0].run().end is End.DONE
+    for key, records in ledger.records.items():
+        ledger.records[key] = [each for each in records if not isinstance(each, RetestRecord)]
+    assert not any(ledger.standing(each.key).winners for each in OPERATORS)
+
+    made, _ = night(engine=FakeEngine(faults=NO_FAULTS), ledger=ledger, terms=terms)
+    owed = made.scheduler.owed_retests()
+    assert len(owed) >= 2, "the others go on"
+    before = {each.key: len(ledger.standing(each.key).trials) for each in owed}
+    assert made.run().end is End.DONE
+    assert before == {each.key: len(ledger.standing(each.key).trials) for each in owed}
+    assert all(ledger.standing(each.key).winners for each in owed)
+    assert not night(ledger=ledger, terms=terms)[0].scheduler.owed_retests()
+
+
+def test_what_fell_behind_in_its_retest_is_owed_none() -> None:
+    def trial(name: str, seconds: float, at: float) -> TrialRecord:
+        return TrialRecord(
+            candidate=name, space="s", space_version=1, decisions=[], outcome=Outcome.TIMED,
+            seconds=seconds, baseline=2.0, at=at,
+        )  # fmt: skip
+
+    first, second = trial("a", 1.0, 1.0), trial("b", 1.1, 2.0)
+    retest = RetestRecord(candidate="a", seconds=2.0, baseline=2.0, noise=0.0, certificate=CERTIFICATE, at=3.0)
+    assert standing([first, second], 0.02).is_owed_a_retest(0.02)
+    assert not standing([first, second, retest], 0.02).is_owed_a_retest(0.02), "the run had come to that"
+    assert not standing([trial("c", 2.0, 1.0)], 0.02).is_owed_a_retest(0.02), "it is no faster"
