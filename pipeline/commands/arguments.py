@@ -34,10 +34,17 @@ class OptionsAnywhere(Command):
             return 0
         try:
             given, names = getopt.gnu_getopt(in_args, parser.get_short(), parser.get_long())
-            options = [[name] if parser.get_option(name)[0].type is bool else [name, value] for name, value in given]
+            options = [self._read(name, value) for name, value in given]
             code: int = super().parse_execute([*itertools.chain(*options), "--", *names])
         except (getopt.error, CmdParseError) as error:
-            said = str(error).partition(" (parsing options")[0].removeprefix("Error parsing Command: ")
+            said = " ".join(str(error).partition("(parsing options")[0].split())
             print(f"ERROR: doit {self.name}: {said}\n  → its options: doit help {self.name}", file=sys.stderr)
             return _WRONG
         return code
+
+    def _read(self, name: str, value: str) -> list[str]:
+        """An option as doit takes it. Raises getopt.error where its value is none."""
+        kind = self.cmdparser.get_option(name)[0].type
+        if kind is int and not value.removeprefix("-").isdecimal():
+            raise getopt.error(f"option {name} wants a number, and not {value!r}")
+        return [name] if kind is bool else [name, value]
