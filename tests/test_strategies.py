@@ -123,7 +123,7 @@ def _each_planted() -> Iterator[Any]:
             yield pytest.param(planted, select, marks=marks, id=f"{select}-{planted}")
 
 
-@pytest.mark.parametrize(("planted", "select"), _each_planted())
+@pytest.mark.parametrize(("planted", "select"), list(_each_planted()))
 def test_what_is_planted_is_refused_by_name_and_never_linked(dense: WorkspaceFolder, planted: str, select: str) -> None:
     source, said = PLANTED[planted]
     dense.write("strategies/mine.py", source)

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,6 +56,7 @@ class Lanes:
         self._folder = store.root / "sets" / "remotes" / key_of({"remote": cache.remote.name})[:16]
         self._run = secrets.token_hex(8)
         self._joined = False
+        self._naming = threading.Lock()
 
     def gather(self) -> int:
         """Brings what others put into any set into this store's; returns how many members are new."""
@@ -234,13 +237,24 @@ class Lanes:
 
     def _writer(self) -> str:
         """What this store is called: another on each machine, also where a store was copied from one to the next."""
-        path = self._folder / "writer"
-        try:
-            token = path.read_text()
-        except OSError:
-            token = secrets.token_hex(16)
-            self._write("writer", token.encode())
+        with self._naming:
+            token = self._token()
         return key_of({"store": token, "machine": socket.gethostname()})[:32]
+
+    def _token(self) -> str:
+        """What tells this store from any other: made by the first who asks, also where several do at once."""
+        path, own = self._folder / "writer", self._folder / f"writer-{self._run}"
+        if not path.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            own.write_text(secrets.token_hex(16))
+            try:
+                os.link(own, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a disk without links
+                own.replace(path)
+            own.unlink(missing_ok=True)
+        return path.read_text()
 
     def _look(self, what: str, **names: str) -> ActionEntry | None:
         entry = self._cache.look(_document(what, names))

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -180,6 +181,17 @@ def test_a_lease_is_held_by_one(one: Path, other: Path, shared: Path) -> None:
     assert ours.lease(CONV), "who has it, has it"
     ours.release(CONV)
     assert theirs.lease(CONV)
+
+
+def test_leases_of_many_sets_are_asked_for_at_once_by_a_new_store(one: Path, other: Path, shared: Path) -> None:
+    keys = [key_of({"set": i}) for i in range(24)]
+    ours, again, theirs = lanes(one, shared), lanes(one, shared), lanes(other, shared)
+    with ThreadPoolExecutor(len(keys)) as threads:
+        taken = list(threads.map(lambda i: (ours, again)[i % 2].lease(keys[i]), range(len(keys))))
+        assert all(taken)
+        assert not any(threads.map(theirs.lease, keys))
+    assert ours._writer() == again._writer() == lanes(one, shared)._writer() != theirs._writer()
+    assert [path.name for path in one.rglob("writer*")] == ["writer"]
 
 
 def test_a_lease_of_one_that_died_runs_out(one: Path, other: Path, shared: Path) -> None:
