@@ -22,12 +22,12 @@ from pipeline.devices import asking
 from pipeline.devices.contract import MeasuredOn
 from pipeline.errors import ConfigError, StageError, TvmakeError
 from pipeline.hashing import Digest, key_of
-from pipeline.lock import REASON, TUNED, Entry, Following
+from pipeline.lock import REASON, Entry, Following
 from pipeline.memoizer import Action, Memoizer
 from pipeline.platforms import triple_of
 from pipeline.store import ActionEntry
 from pipeline.toolchain import driver_identity, nvcc_identity
-from pipeline.types import Candidate, Decision, Packed, Terms, Trial, Workload, symbol_of
+from pipeline.types import TUNED, Candidate, Decision, Packed, Terms, Trial, Workload, symbol_of
 
 if TYPE_CHECKING:
     from pipeline.assembly import Object

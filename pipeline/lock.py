@@ -32,7 +32,6 @@ from pipeline.types import Workload
 FILE = "tuning.lock"
 FORMAT = 1
 REASON = FILE  # of a decision
-TUNED = "tuned"
 
 _HEADER = f"""\
 # {FILE}: the function that each operator is compiled from. `doit build` follows it, and never picks another silently.

@@ -18,9 +18,9 @@ from pipeline.compiler import libraries
 from pipeline.composition import Composition, Offer, is_allowed
 from pipeline.config import TargetFile
 from pipeline.errors import ConfigError, StageError
-from pipeline.lock import TUNED, Entry
+from pipeline.lock import Entry
 from pipeline.tuning.records import Outcome, Standing, TrialRecord, Winner, encoded
-from pipeline.types import Decision, Workload
+from pipeline.types import TUNED, Decision, Workload
 
 if TYPE_CHECKING:
     from pipeline.types import Candidate

@@ -49,6 +49,12 @@ class Moved:
     of: int = 0
     why: str = ""
     missing: list[str] = field(default_factory=list)  # what a person calls the actions that are not there
+    lost: int = 0  # entries that were to go over and did not
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the artifact is where it was asked for."""
+        return not (self.why or self.missing or self.lost)
 
 
 def require_remote(workspace: Workspace) -> RemoteCache:
@@ -81,6 +87,7 @@ def push(workspace: Workspace, pairs: Pairs, left: Left) -> list[Moved]:
             remote.publish(key, found[key][1])
         remote.finish(left)
         moved.entries, moved.of = remote.counts.published - before, len(absent)
+        moved.lost = moved.of - moved.entries
         workspace.build.publish_closure(target, model, found)
         remote.finish(left)
     if workspace.lanes is not None:

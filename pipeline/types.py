@@ -274,6 +274,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
 MANIFEST_FORMAT = 2
 
+TUNED = "tuned"  # the strategy that applies what tuning found
+
 # The files of an artifact.
 MANIFEST = "manifest.json"
 LIBRARY = "lib.so"

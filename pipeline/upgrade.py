@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 from pipeline.report import duration
 from pipeline.tuning.records import TOOLS, Winner
-from pipeline.types import Decision, Workload
+from pipeline.types import TUNED, Decision, Workload
 
 if TYPE_CHECKING:
     from pipeline.build import Build
     from pipeline.models import Model
 
-_TUNED = "tuned"
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ def _why_not(decision: Decision, passed: Iterable[str]) -> str | None:
     """Why a winner is not applied; "" where it is, None where nobody asked for it."""
     if reasons := list(passed):
         return f"it cannot be made again: {reasons[0]}"
-    if decision.strategy == _TUNED:
+    if decision.strategy == TUNED:
         return ""
-    tried = next((trial for trial in decision.trials if trial.strategy == _TUNED), None)
+    tried = next((trial for trial in decision.trials if trial.strategy == TUNED), None)
     if tried is None:
         return None
     return tried.refused or f"{decision.strategy} is faster"

@@ -10,10 +10,11 @@ from typing import Any
 import made_up
 import pytest
 from conftest import Done, WorkspaceFolder
-from made_up import Made, trial, won
+from made_up import Made, digest_of, trial, won
 
 from pipeline.config import Policy
 from pipeline.lock import Entry, Lock, write
+from pipeline.tuning.records import BEST, NONE, PreferredRecord
 from pipeline.types import Trial
 
 NOW = time.time()
@@ -112,6 +113,31 @@ def test_regression(
     assert len(found) == len(model["broken"]) == count
     named = [name.rpartition("-")[0] for name in found[0]["operators"]] if found else None
     assert named == operators
+
+
+@pytest.mark.parametrize("decided", [None, NONE, BEST, digest_of("c")], ids=str)
+def test_what_a_lock_holds_is_judged_and_not_what_tuning_would_apply(
+    workspace: WorkspaceFolder, decided: str | None
+) -> None:
+    """The lock names the second best, whatever somebody decided since."""
+    others = [*won("b", 2.5, NOW - DAY), *won("c", 3.0, NOW - DAY), *won("d", 2.0, NOW - DAY, BEFORE)]
+    said = [PreferredRecord(candidate=decided, at=NOW)] if decided is not None else []
+    held = Made("held", "tuned", 6e-3, [*won("a", 2.0, NOW - 20 * DAY), *others, *said])
+
+    def holds(candidate: str) -> None:
+        entry = Entry("tuned", "a" * 64, held.digest, digest_of(candidate), 0.5 * made_up.BASELINE)
+        write(workspace.folder / "tuning.lock", Lock({"native": {held.label: entry}}))
+
+    fill(workspace, "validated = true\nregression = true\nyounger = 30", [held])
+    holds("a")
+    assert broken(workspace) == {}, "it is as fast as when it was locked, and was validated"
+    holds("d")
+    assert broken(workspace).keys() == {"validated"}, "by the tools of before only"
+    holds("e")
+    assert broken(workspace).keys() == {"validated"}, "nobody validated it here"
+    fill(workspace, "younger = 10", [held])
+    holds("a")
+    assert broken(workspace)["younger"]["is"] == "1 operator not, the oldest 20 days ago"
 
 
 def test_a_regression_without_a_lock_is_told(workspace: WorkspaceFolder) -> None:

@@ -197,11 +197,11 @@ def test_what_is_typed_wrong_is_told_in_a_sentence(dense: WorkspaceFolder, comma
 
 
 @pytest.mark.parametrize("command", ["build", "tune", "lock"])
-def test_there_are_no_negative_jobs(dense: WorkspaceFolder, command: str) -> None:
-    done = dense.doit(command, "-j", "-1")
+@pytest.mark.parametrize("number", ["-1", "0", "many"])
+def test_jobs_are_one_or_more(dense: WorkspaceFolder, command: str, number: str) -> None:
+    done = dense.doit(command, "-j", number)
     assert done.code == 2
-    assert "is -1" in done.err
-    assert "give a number of 1 or more" in done.err
+    assert f"ERROR: doit {command}: option -j wants a number of 1 or more, and not {number!r}\n" in done.err
 
 
 # What one sees

@@ -165,9 +165,10 @@ def test_a_list_tells_what_is_known_and_needs_no_tvm(dense: WorkspaceFolder) -> 
 
 def test_what_makes_no_sense_is_refused_with_what_to_type(dense: WorkspaceFolder) -> None:
     for arguments, said in (
-        ((), "doit records list"),
+        ((), "verbs: list, import, export"),
         (("frobnicate",), "`doit records frobnicate` is unknown"),
-        (("import",), "type `doit records import FOLDER`"),
+        (("import",), "`doit records import` wants a folder"),
+        (("import", "work_dir", "--json"), "`doit records import` takes no --json\n  → that is for: list"),
         (("import", "nowhere"), "name the work_dir of a tuning run"),
         (("list", "nonesuch"), "there is no model 'nonesuch'"),
         (("list", "-t", "nonesuch"), "there is no target 'nonesuch'"),

@@ -509,11 +509,18 @@ def test_what_is_pushed_can_be_pulled(
     assert one.cache("lookup", **folder).code == 0
 
 
-def test_json_is_printed_or_refused(built: Machine) -> None:
+def test_what_a_verb_cannot_use_is_refused(built: Machine) -> None:
     assert "usage" in json.loads(built.cache("stats", "--json").good().out)
-    done = built.cache("verify", "--json")
-    assert (done.code, done.out) == (2, "")
-    assert "`doit cache verify` prints no JSON" in done.err
+    for arguments, said in (
+        (("verify", "--json"), "`doit cache verify` takes no --json\n  → that is for: stats, lookup, push, pull\n"),
+        (("stats", "-n"), "`doit cache stats` takes no -n\n  → that is for: gc\n"),
+        (("gc", "-t", "native", "--size", "1GB"), "`doit cache gc` takes no -t\n"),
+        (("verify", "net"), "`doit cache verify` has no use for net\n"),
+        (("pin",), "`doit cache pin` wants a name for the pin\n"),
+    ):
+        done = built.cache(*arguments)
+        assert (done.code, done.out) == (2, ""), arguments
+        assert said in done.err
 
 
 def test_what_nobody_takes_is_not_pushed(built: Machine) -> None:

@@ -145,8 +145,8 @@ def test_events_are_lines_of_json_that_tell_of_the_whole_night(story: Story) -> 
     [
         (["--budget", "soon"], "--budget is 'soon'"),
         (["--budget", "0h"], "--budget is '0h'"),
-        (["--trials", "-1"], "--trials is -1"),
-        (["--top", "-1"], "--top is -1"),
+        (["--trials", "-1"], "--trials wants a number of 1 or more"),
+        (["--top", "-1"], "--top wants a number of 1 or more"),
         (["--trials", "many"], "many"),
         (["nothing*"], "no operator is named nothing*"),
         (["-m", "nobody"], "nobody"),

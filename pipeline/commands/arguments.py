@@ -5,9 +5,16 @@ from __future__ import annotations
 import getopt
 import itertools
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from doit.cmd_base import Command
 from doit.cmdparse import CmdParseError
+
+from pipeline.errors import ConfigError
+
+Act = TypeVar("Act")
 
 _WRONG = 2  # the exit code of a command that was typed wrong
 
@@ -24,7 +31,14 @@ opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default"
 
 
 class OptionsAnywhere(Command):
-    """A command that takes options wherever they stand, also after the names of models."""
+    """A command that takes options wherever they stand, also after the names of models. Numbers are counts, from 1 on,
+    but for the options that `from_zero` names.
+
+    typed  the options that were given, by their names in doit, as they were typed
+    """
+
+    from_zero: frozenset[str] = frozenset()
+    typed: Mapping[str, str]
 
     def parse_execute(self, in_args: list[str]) -> int:
         """build squeezenet -j 2  →  build -j 2 -- squeezenet, which is all that doit understands"""
@@ -35,6 +49,7 @@ class OptionsAnywhere(Command):
         try:
             given, names = getopt.gnu_getopt(in_args, parser.get_short(), parser.get_long())
             options = [self._read(name, value) for name, value in given]
+            self.typed = {parser.get_option(name)[0].name: name for name, _ in given}
             code: int = super().parse_execute([*itertools.chain(*options), "--", *names])
         except (getopt.error, CmdParseError) as error:
             said = " ".join(str(error).partition("(parsing options")[0].split())
@@ -44,7 +59,45 @@ class OptionsAnywhere(Command):
 
     def _read(self, name: str, value: str) -> list[str]:
         """An option as doit takes it. Raises getopt.error where its value is none."""
-        kind = self.cmdparser.get_option(name)[0].type
-        if kind is int and not value.removeprefix("-").isdecimal():
-            raise getopt.error(f"option {name} wants a number, and not {value!r}")
-        return [name] if kind is bool else [name, value]
+        option = self.cmdparser.get_option(name)[0]
+        if option.type is int:
+            least = 0 if option.name in self.from_zero else 1
+            if not value.isdecimal() or int(value) < least:
+                raise getopt.error(f"option {name} wants a number of {least} or more, and not {value!r}")
+        return [name] if option.type is bool else [name, value]
+
+
+@dataclass(frozen=True)
+class Verb(Generic[Act]):
+    """One of the things that a command can do.
+
+    options     those of the command's that mean something to it, by their names in doit
+    wants       what it must be given first, in words: "a folder"; "" where nothing
+    takes_names whether names may follow: of models
+    """
+
+    act: Act
+    options: frozenset[str] = frozenset()
+    wants: str = ""
+    takes_names: bool = False
+
+
+def the_verb(
+    command: OptionsAnywhere, verbs: Mapping[str, Verb[Act]], args: Sequence[str]
+) -> tuple[Act, str, Sequence[str]]:
+    """What is to be done, what it wants, and the names that follow. Raises ConfigError where that makes no sense."""
+    name, *rest = args or [""]
+    if name not in verbs:
+        said = f"`doit {command.name} {name}` is unknown" if name else f"`doit {command.name}` wants to know what to do"
+        raise ConfigError(said, hint=f"verbs: {', '.join(verbs)}; see: doit help {command.name}")
+    verb, called, see = verbs[name], f"`doit {command.name} {name}`", f"see: doit help {command.name}"
+    for option, typed in command.typed.items():
+        if option not in verb.options:
+            those = [other for other, each in verbs.items() if option in each.options]
+            raise ConfigError(f"{called} takes no {typed}", hint=f"that is for: {', '.join(those)}")
+    if verb.wants and not rest:
+        raise ConfigError(f"{called} wants {verb.wants}", hint=see)
+    first, names = (rest[0], rest[1:]) if verb.wants else ("", rest)
+    if names and not verb.takes_names:
+        raise ConfigError(f"{called} has no use for {' '.join(names)}", hint=see)
+    return verb.act, first, names

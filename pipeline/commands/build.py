@@ -18,7 +18,7 @@ from doit.runner import MThreadRunner
 from doit.task import Stream
 
 from pipeline.commands.arguments import OptionsAnywhere
-from pipeline.errors import ConfigError, TvmakeError
+from pipeline.errors import TvmakeError
 from pipeline.workspace import Part, Selection, Use, Workspace, selecting, the_workspace
 
 OK, FAILED, ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -179,8 +179,6 @@ class Session:
         self.begun: set[str] = set()  # names of the tasks that there were
         self.code = OK
         self._wanted = wanted
-        if wanted < 0:
-            raise ConfigError(f"-j is {wanted}", hint="give a number of 1 or more")
         self._told: set[str] = set()
 
     def run(self, tasks: list[Any]) -> None:

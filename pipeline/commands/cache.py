@@ -14,8 +14,9 @@ import msgspec
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidDodoFile
 
-from pipeline.commands.arguments import OptionsAnywhere, opt_target
+from pipeline.commands.arguments import OptionsAnywhere, Verb, opt_target, the_verb
 from pipeline.commands.build import counted
+from pipeline.commands.looking import selection_of
 from pipeline.errors import ConfigError, TvmakeError
 from pipeline.workspace import Selection, Workspace, selecting, the_workspace
 
@@ -56,25 +57,22 @@ opt_age = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What was typed."""
+    """What was typed: `what` the verb wants, and the names of models."""
 
+    what: str
     names: Sequence[str]
-    targets: frozenset[str] | None
+    targets: Sequence[str]
     json: bool
     dry_run: bool
     size: str
     age: str
 
-    def pairs(self, workspace: Workspace, names: Sequence[str] | None = None) -> list[tuple[str, Any]]:
+    def pairs(self, workspace: Workspace) -> list[tuple[str, Any]]:
         """The artifacts that are meant: of the models that are named, or of all."""
-        models = frozenset(self.names if names is None else names) or None
-        return workspace.pairs(Selection(models=models, targets=self.targets))
+        return workspace.pairs(selection_of(self.names, self.targets))
 
-    def first(self, what: str) -> str:
-        """The first name. Raises ConfigError where there is none."""
-        if not self.names:
-            raise ConfigError(f"`doit cache` wants {what}", hint="see: doit help cache")
-        return self.names[0]
+
+Act = Callable[[Workspace, Asked], int]
 
 
 class Cache(OptionsAnywhere, DoitCmdBase):
@@ -105,19 +103,14 @@ workspace, the settings or the machine is at fault, 130 interrupted.
 """
     cmd_options = (opt_target, opt_json, opt_dry_run, opt_size, opt_age)
     name = "cache"
-    _verb: Callable[[Workspace, Asked], int]
+    _act: Act
 
     def execute(self, params: Any, args: list[str]) -> int:
         try:
-            verb, *names = args or [""]
-            if verb not in VERBS:
-                said = f"`doit cache {verb}` is unknown" if verb else "`doit cache` wants to know what to do"
-                raise ConfigError(said, hint=f"verbs: {', '.join(VERBS)}; see: doit help cache")
-            if params["json"] and verb not in _WITH_JSON:
-                raise ConfigError(f"`doit cache {verb}` prints no JSON", hint=f"these do: {', '.join(_WITH_JSON)}")
-            self._verb = VERBS[verb]
-            targets = frozenset(params["targets"]) or None
-            self._asked = Asked(names, targets, params["json"], params["dry_run"], params["size"], params["age"])
+            self._act, what, names = the_verb(self, VERBS, args)
+            self._asked = Asked(
+                what, names, params["targets"], params["json"], params["dry_run"], params["size"], params["age"]
+            )
             with selecting(Selection()):
                 code: int = super().execute(params, [])
                 return code
@@ -131,7 +124,7 @@ workspace, the settings or the machine is at fault, 130 interrupted.
     def _execute(self) -> int:
         workspace = the_workspace(self.loader.namespace)
         try:
-            return self._verb(workspace, self._asked)
+            return self._act(workspace, self._asked)
         finally:
             workspace.stop()
 
@@ -253,8 +246,8 @@ def _collected(verb: str, planned: Collected) -> str:
 def _pin(workspace: Workspace, asked: Asked) -> int:
     from pipeline.store import Pins
 
-    name = asked.first("a name for the pin")
-    pairs = asked.pairs(workspace, asked.names[1:])
+    name = asked.what
+    pairs = asked.pairs(workspace)
     keys = {key for target, model in pairs for key in workspace.build.found(target, model)}
     about = ", ".join(f"{target}:{model.name}" for target, model in pairs)
     Pins(workspace.store.root).add(name, sorted(keys), about)
@@ -265,7 +258,7 @@ def _pin(workspace: Workspace, asked: Asked) -> int:
 def _unpin(workspace: Workspace, asked: Asked) -> int:
     from pipeline.store import Pins
 
-    pins, name = Pins(workspace.store.root), asked.first("the name of a pin")
+    pins, name = Pins(workspace.store.root), asked.what
     if not pins.remove(name):
         raise ConfigError(f"there is no pin {name!r}", hint=f"pins: {', '.join(pins.names()) or 'none'}")
     return OK
@@ -287,7 +280,7 @@ def _push(workspace: Workspace, asked: Asked) -> int:
     remote = sharing.require_remote(workspace)
     with _left(f"sending to {remote.remote.name}") as left:
         moved = sharing.push(workspace, pairs, left)
-    code = max(_say_moved(moved, "sent", asked.json), INCOMPLETE if any(e.entries < e.of for e in moved) else OK)
+    code = _say_moved(moved, "sent", asked.json)
     _say(f"{_bytes(remote.counts.sent)} sent; what was there already was not sent again")
     return code
 
@@ -313,7 +306,7 @@ def _say_moved(moved: Sequence[Moved], how: str, json: bool) -> int:
                 print(f"{what}: {each.entries} of {counted(each.of, 'entry')} {how}")
             for name in each.missing:
                 print(f"  missing: {name}")
-    return INCOMPLETE if any(each.why or each.missing for each in moved) else OK
+    return OK if all(each.whole for each in moved) else INCOMPLETE
 
 
 # a file
@@ -322,9 +315,9 @@ def _say_moved(moved: Sequence[Moved], how: str, json: bool) -> int:
 def _export(workspace: Workspace, asked: Asked) -> int:
     from pipeline import sharing
 
-    path = Path(asked.first("a file to write"))
+    path = Path(asked.what)
     with _progress(f"writing {path.name}", _bytes) as progress:
-        carried = sharing.export(workspace, asked.pairs(workspace, asked.names[1:]), path, progress)
+        carried = sharing.export(workspace, asked.pairs(workspace), path, progress)
     _say(f"{_carried(carried)} written to {path}")
     return _say_wrong(carried)
 
@@ -332,7 +325,7 @@ def _export(workspace: Workspace, asked: Asked) -> int:
 def _import(workspace: Workspace, asked: Asked) -> int:
     from pipeline import sharing
 
-    path = Path(asked.first("a file to read"))
+    path = Path(asked.what)
     with _progress(f"reading {path.name}", _bytes) as progress:
         carried = sharing.take_in(workspace, path, progress)
     _say(f"{_carried(carried)} taken in, {carried.known} known already")
@@ -359,7 +352,7 @@ def _say_wrong(carried: Carried) -> int:
 def _key(workspace: Workspace, asked: Asked) -> int:
     from pipeline.remotes.trust import new_key
 
-    path = Path(asked.first("a file for the key")).absolute()
+    path = Path(asked.what).absolute()
     public = new_key(path)
     _say(f'wrote a private key to {path}; in the tvmake.toml of this user:\n  [trust]\n  sign_with = "{path}"')
     _say(f'and on machines that are to trust it:\n  [trust]\n  keys = ["{public}"]')
@@ -367,19 +360,19 @@ def _key(workspace: Workspace, asked: Asked) -> int:
     return OK
 
 
-_WITH_JSON = ("stats", "lookup", "push", "pull")
-VERBS: dict[str, Callable[[Workspace, Asked], int]] = {
-    "stats": _stats,
-    "verify": _verify,
-    "gc": _gc,
-    "pin": _pin,
-    "unpin": _unpin,
-    "lookup": _lookup,
-    "push": _push,
-    "pull": _pull,
-    "export": _export,
-    "import": _import,
-    "key": _key,
+_JSON, _TARGETS = frozenset({"json"}), frozenset({"targets"})
+VERBS: dict[str, Verb[Act]] = {
+    "stats": Verb(_stats, _JSON),
+    "verify": Verb(_verify),
+    "gc": Verb(_gc, frozenset({"dry_run", "size", "age"})),
+    "pin": Verb(_pin, _TARGETS, "a name for the pin", takes_names=True),
+    "unpin": Verb(_unpin, wants="the name of a pin"),
+    "lookup": Verb(_lookup, _TARGETS | _JSON, takes_names=True),
+    "push": Verb(_push, _TARGETS | _JSON, takes_names=True),
+    "pull": Verb(_pull, _TARGETS | _JSON, takes_names=True),
+    "export": Verb(_export, _TARGETS, "a file to write", takes_names=True),
+    "import": Verb(_import, wants="a file to read"),
+    "key": Verb(_key, wants="a file for the key"),
 }
 
 

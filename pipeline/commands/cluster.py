@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from doit.cmd_base import Command
 
-from pipeline.commands.arguments import OptionsAnywhere
+from pipeline.commands.arguments import OptionsAnywhere, Verb, the_verb
 from pipeline.errors import ConfigError, TvmakeError
 
 if TYPE_CHECKING:
@@ -117,16 +117,14 @@ Exit code: 0 done, 2 nobody answers, or something is missing or
 wrong, 130 interrupted.
 """
     cmd_options = (opt_label, opt_threads, opt_name, opt_host, opt_port, opt_json)
+    from_zero = frozenset({"port"})
     name = "cluster"
 
     def execute(self, params: Any, args: list[str]) -> int:
         try:
-            verb, *rest = args or [""]
-            if verb not in VERBS:
-                said = f"`doit cluster {verb}` is unknown" if verb else "`doit cluster` wants to know what to do"
-                raise ConfigError(said, hint=f"verbs: {', '.join(VERBS)}; see: doit help cluster")
+            act, _, names = the_verb(self, VERBS, args)
             asked = Asked(
-                _address(verb, rest),
+                _address(args[0], names),
                 params["labels"],
                 params["threads"],
                 params["called"] or socket.gethostname(),
@@ -134,7 +132,7 @@ wrong, 130 interrupted.
                 params["port"],
                 params["json"],
             )
-            VERBS[verb](asked)
+            act(asked)
             return OK
         except TvmakeError as error:
             _say(f"ERROR: {error}")
@@ -146,8 +144,6 @@ wrong, 130 interrupted.
 def _address(verb: str, rest: Sequence[str]) -> str:
     """The address that was typed; the one that builds use by TVMAKE_EXECUTOR where none was."""
     if verb == "scheduler":
-        if rest:
-            raise ConfigError(f"a scheduler takes no address: {' '.join(rest)}", hint="write: --host HOST --port 8786")
         return ""
     from pipeline.executors import VARIABLE
     from pipeline.executors.dask import address_of
@@ -216,4 +212,8 @@ def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-VERBS: dict[str, Callable[[Asked], None]] = {"worker": _worker, "scheduler": _scheduler, "status": _status}
+VERBS: dict[str, Verb[Callable[[Asked], None]]] = {
+    "worker": Verb(_worker, frozenset({"labels", "threads", "called"}), takes_names=True),
+    "scheduler": Verb(_scheduler, frozenset({"host", "port"})),
+    "status": Verb(_status, frozenset({"json"}), takes_names=True),
+}

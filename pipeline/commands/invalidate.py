@@ -13,7 +13,8 @@ from pipeline.commands.build import counted
 from pipeline.commands.looking import NOTHING, OK, Looking, print_json, selection_of
 from pipeline.commands.operators import Built, look
 from pipeline.errors import ConfigError
-from pipeline.lock import FILE, TUNED, Lock, held_back_for, read
+from pipeline.lock import FILE, Lock, held_back_for, read
+from pipeline.types import TUNED
 from pipeline.workspace import Selection, Workspace, the_workspace
 
 if TYPE_CHECKING:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.arguments import opt_target
+from pipeline.commands.arguments import Verb, opt_target, the_verb
 from pipeline.commands.build import counted
 from pipeline.commands.looking import NOTHING, OK, Looking, print_json, selection_of
 from pipeline.errors import ConfigError
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from pipeline.types import Plan
 
 opt_json = {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "list as JSON"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was typed, beside the selection."""
+
+    folder: Path
+    json: bool
+
+
+Act = Callable[[Workspace, Selection, Asked], int]
 
 
 class Records(Looking):
@@ -48,53 +60,38 @@ or the folder is at fault, 130 interrupted.
 """
     cmd_options = (opt_target, opt_json)
     name = "records"
-    _verb: Callable[[Workspace, Selection, bool], int]
+    _act: Act
+    _asked: Asked
 
     def asked(self, params: Any, args: list[str]) -> Selection:
-        self._verb, models = _asked(args)
-        return selection_of(models, params["targets"])
+        self._act, folder, names = the_verb(self, VERBS, args)
+        self._asked = Asked(Path(folder), params["json"])
+        return selection_of(names, params["targets"])
 
-    def _execute(self, json: bool) -> int:
+    def _execute(self) -> int:
         workspace = the_workspace(self.loader.namespace)
         try:
-            return self._verb(workspace, self._selection, json)
+            return self._act(workspace, self._selection, self._asked)
         finally:
             workspace.stop()
-
-
-def _asked(args: Sequence[str]) -> tuple[Callable[[Workspace, Selection, bool], int], list[str]]:
-    """What to do, and the names of the models to do it with. Raises ConfigError where that makes no sense."""
-    verb, *rest = args or ("",)
-    match verb:
-        case "list":
-            return _list, rest
-        case "import" | "export":
-            if not rest:
-                raise ConfigError(f"`doit records {verb}` wants a folder", hint=f"type `doit records {verb} FOLDER`")
-            act, folder = _import if verb == "import" else _export, Path(rest[0])
-            return lambda workspace, selection, _: act(folder, workspace, selection), rest[1:]
-    raise ConfigError(
-        f"`doit records {verb}` is unknown" if verb else "`doit records` wants to know what to do",
-        hint="type `doit records list`, `doit records import FOLDER` or `… export FOLDER`",
-    )
 
 
 # import
 
 
-def _import(folder: Path, workspace: Workspace, selection: Selection) -> int:
+def _import(workspace: Workspace, selection: Selection, asked: Asked) -> int:
     from pipeline.tuning import databases, standings
 
-    database = databases.read(workspace.store, folder)
+    database = databases.read(workspace.store, asked.folder)
     codes = [NOTHING]
     for operators in standings.operators(workspace, selection, workspace.build.plan):
         if operators.is_here:
-            taken = databases.take(workspace.build.memoizer, operators, database, folder.name)
+            taken = databases.take(workspace.build.memoizer, operators, database, asked.folder.name)
             codes.append(_say_taken(operators.target, taken))
         else:
             _say(
                 f"{operators.target}: left out, as nothing can be tried here for it\n  → to apply the records as they "
-                f'are, write records = ["{folder}"] into targets/{operators.target}.toml'
+                f'are, write records = ["{asked.folder}"] into targets/{operators.target}.toml'
             )
     return min(codes)
 
@@ -112,18 +109,18 @@ def _say_taken(target: str, taken: Taken) -> int:
 # export
 
 
-def _export(folder: Path, workspace: Workspace, selection: Selection) -> int:
+def _export(workspace: Workspace, selection: Selection, asked: Asked) -> int:
     from pipeline.tuning import databases, standings
 
-    databases.require_free(folder)
+    databases.require_free(asked.folder)
     found = standings.operators(workspace, selection, workspace.build.plan)
     if len(found) > 1:
         raise ConfigError(
             f"a database is for one target, and there are {', '.join(each.target for each in found)}",
-            hint=f"say which: doit records export {folder} -t {found[0].target}",
+            hint=f"say which: doit records export {asked.folder} -t {found[0].target}",
         )
-    given = databases.give(workspace.build.memoizer, found[0], folder)
-    return _say_given(found[0].target, given, folder)
+    given = databases.give(workspace.build.memoizer, found[0], asked.folder)
+    return _say_given(found[0].target, given, asked.folder)
 
 
 def _say_given(target: str, given: Given, folder: Path) -> int:
@@ -141,7 +138,7 @@ def _say_given(target: str, given: Given, folder: Path) -> int:
 # list
 
 
-def _list(workspace: Workspace, selection: Selection, json: bool) -> int:
+def _list(workspace: Workspace, selection: Selection, asked: Asked) -> int:
     from pipeline.tuning import standings
 
     def plan(target: str, model: Model) -> Plan:
@@ -149,7 +146,7 @@ def _list(workspace: Workspace, selection: Selection, json: bool) -> int:
 
     rows = [row for operators in standings.operators(workspace, selection, plan) for row in operators.rows()]
     told = sorted((row for row in rows if not row.is_empty), key=lambda row: -row.spent)
-    if json:
+    if asked.json:
         print_json(told)
     elif told:
         _show(told)
@@ -183,6 +180,13 @@ def _show(rows: Sequence[Row]) -> None:
             duration(row.spent),
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+VERBS: dict[str, Verb[Act]] = {
+    "list": Verb(_list, frozenset({"targets", "json"}), takes_names=True),
+    "import": Verb(_import, frozenset({"targets"}), "a folder", takes_names=True),
+    "export": Verb(_export, frozenset({"targets"}), "a folder", takes_names=True),
+}
 
 
 def _say(text: str) -> None:

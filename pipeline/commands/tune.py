@@ -95,9 +95,6 @@ at fault, 3 nothing could be measured, 4 all candidates of some operator were wr
 
         workspace = the_workspace(self.loader.namespace)
         seconds = _seconds(budget)
-        for name, number in (("trials", trials), ("top", top), ("jobs", jobs)):
-            if number < 0:
-                raise ConfigError(f"--{name} is {number}", hint="give a number of 1 or more")
         try:
             workspace.gather()
             operators, left = self._operators(workspace, jobs)
@@ -132,7 +129,6 @@ at fault, 3 nothing could be measured, 4 all candidates of some operator were wr
             session = Session(self, workspace, self._selection, jobs)
             self._build(session)
             session.send()
-            session.remember()
             session.remember()
             session.sum_up()
             workspace.build.memoizer.watcher = None  # from here on the night says what happens

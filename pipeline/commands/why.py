@@ -64,8 +64,6 @@ at fault.
         if len(args) != 1:
             hint = "type `doit why OPERATOR`; `doit report` lists operators"
             raise ConfigError("`doit why` wants the name of one operator or model", hint=hint)
-        if params["builds"] < 1:
-            raise ConfigError(f"--builds is {params['builds']}", hint="give a number of 1 or more")
         self._asked = args[0]
         return selection_of(params["models"], params["targets"])
 

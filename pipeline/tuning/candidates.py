@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +28,9 @@ from pipeline.tuning.lessons import Lessons
 from pipeline.tuning.records import TRANSIENT, ExhaustedRecord, Outcome, Standing, TrialRecord, encoded, ratio
 from pipeline.tuning.states import Operator
 from pipeline.tuning.workshop import Workshop
-from pipeline.types import Packed, symbol_of
+from pipeline.types import TUNED, Packed, symbol_of
 
 _log = logging.getLogger(__name__)
-
-TUNED = "tuned"  # the strategy that makes a candidate again from its record
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Candidates:
         self._session = secrets.token_hex(8)  # other searches than any other run's
         self._begun = time.time()
         self._failing: set[tuple[str, str]] = set()  # operators by key, and spaces that failed for them
-        self._preparing = 0
+        self._preparing, self._counted = 0, threading.Lock()
 
     def close(self) -> None:
         self._compiling.shutdown(wait=False, cancel_futures=True)
@@ -85,12 +84,14 @@ class Candidates:
     ) -> tuple[list[Prepared], list[ExhaustedRecord]]:
         """Up to `count` that were not tried, compiled or with what came in between; and what became of search spaces
         that have no more. Raises StageError where no space can make any."""
-        self._preparing += 1
+        with self._counted:
+            self._preparing += 1
         try:
             proposed, exhausted = self._from_all(operator, standing, count)
             return self.compiled(operator, proposed), exhausted
         finally:
-            self._preparing -= 1
+            with self._counted:
+                self._preparing -= 1
 
     def made_again(self, operator: Operator, trial: TrialRecord) -> Proposal:
         """A candidate from its record."""

@@ -34,13 +34,13 @@ from pipeline.measuring import TOLERANCE
 from pipeline.memoizer import Action
 from pipeline.store import ActionEntry
 from pipeline.tuning.calls import post
-from pipeline.tuning.candidates import TUNED, Candidates, Prepared
+from pipeline.tuning.candidates import Candidates, Prepared
 from pipeline.tuning.lessons import Lessons
 from pipeline.tuning.night import Batch, PostLostError
 from pipeline.tuning.records import TOOLS, Certificate, Outcome, Record, RetestRecord, Standing, TrialRecord
 from pipeline.tuning.states import Operator
 from pipeline.tuning.workshop import Workshop
-from pipeline.types import Candidate, Cause, Terms, Trial
+from pipeline.types import TUNED, Candidate, Cause, Terms, Trial
 
 if TYPE_CHECKING:
     from pipeline.build import Build

@@ -19,9 +19,7 @@ from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.staleness import Present, is_to_go_on, reasons
 from pipeline.tuning.states import Operator
 from pipeline.tuning.summaries import Summaries
-from pipeline.types import Manifest, Plan, Profile, Workload
-
-_TUNED = "tuned"
+from pipeline.types import TUNED, Manifest, Plan, Profile, Workload
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def why_none(model: Model) -> str:
     if measured_on(model.attributes, model.file) is MeasuredOn.NOWHERE:
         is_named = model.file.device is not None
         return "code for a GPU is not measured over RPC" if is_named else "the target's device is not here"
-    if _TUNED not in model.file.order:
+    if TUNED not in model.file.order:
         return f'"tuned" is not in the order of targets/{model.target}.toml'
     return ""
 
@@ -150,7 +148,7 @@ def why_none(model: Model) -> str:
 def why_not(model: Model, workload: Workload, implementation: str) -> str:
     """Why tuning one operator would change nothing; "" where it may."""
     rules = [rule for rule in model.file.operators if workload.matches(rule.match)]
-    if any(_TUNED in rule.forbid or (rule.only is not None and _TUNED not in rule.only) for rule in rules):
+    if any(TUNED in rule.forbid or (rule.only is not None and TUNED not in rule.only) for rule in rules):
         return f"targets/{model.target}.toml forbids tuned functions for it"
     if model.file.select == "first" and _comes_before(implementation, model.file.order):
         return f'{implementation} comes before tuned in the order (select = "fastest" would compare them)'
@@ -163,6 +161,6 @@ def why_not(model: Model, workload: Workload, implementation: str) -> str:
 
 def _comes_before(implementation: str, order: Sequence[str]) -> bool:
     """Whether an implementation precedes tuned functions in an order, in which "library" stands for all libraries."""
-    before = order[: order.index(_TUNED)]
+    before = order[: order.index(TUNED)]
     is_library = implementation not in order and implementation not in strategies.ORDER
     return implementation in before or (is_library and "library" in before)

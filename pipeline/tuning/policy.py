@@ -12,6 +12,7 @@ from pipeline.config import Policy
 from pipeline.lock import FILE
 from pipeline.report import UNTUNED, duration
 from pipeline.tuning.status import Row, Standing
+from pipeline.types import TUNED
 
 _ROUNDING = 1e-9  # 90 % in three parts is 90 %
 
@@ -121,8 +122,9 @@ def _broken(standing: Standing, said: str, rows: Sequence[Row], command: str) ->
 
 
 def _per_call(row: Row) -> float | None:
-    """Seconds of a call now, measured the way in which the lock's were: alone, or where nothing was, in the model."""
-    if row.per_call is not None or row.seconds is None:
+    """Seconds of a call now, measured the way in which the lock's were: alone, or what was not tuned and never was
+    timed alone, in the model. None where they cannot be compared."""
+    if row.per_call is not None or row.seconds is None or row.implementation == TUNED:
         return row.per_call
     return row.seconds / row.calls
 

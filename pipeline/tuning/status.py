@@ -33,12 +33,10 @@ from pipeline.tuning.operators import Model, key_of, spaces_of, why_none, why_no
 from pipeline.tuning.records import BEST, NONE, Outcome
 from pipeline.tuning.staleness import Present, Reason, can_be_tuned_away, days, reasons
 from pipeline.tuning.summaries import Summaries, Summary
-from pipeline.types import Operator, Plan, Profile, Trial, Workload, symbol_of
+from pipeline.types import TUNED, Operator, Plan, Profile, Trial, Workload, symbol_of
 
 if TYPE_CHECKING:
     from pipeline.workspace import Selection, Workspace
-
-_TUNED = "tuned"
 
 Values = Callable[[str], Mapping[str, Any] | None]  # what doit remembers of a task
 
@@ -265,9 +263,11 @@ class _Sight:
         ]
 
     def _row(self, operator: Operator, workload: Workload, seconds: float | None, total: float) -> Row:
-        summary = self.known.of(key_of(self.model, workload))
+        key = key_of(self.model, workload)
+        summary = self.known.of(key)
         state, why, command = self._state(operator, workload, summary)
-        is_tuned = operator.implementation == _TUNED
+        is_tuned = operator.implementation == TUNED
+        in_use = self._in_use(operator, key, summary)
         return Row(
             operator=operator.name,
             workload=operator.workload,
@@ -275,18 +275,25 @@ class _Sight:
             calls=operator.calls,
             seconds=seconds,
             share=seconds / total if seconds is not None and total else None,
-            per_call=_alone(operator, summary),
+            per_call=_alone(operator, in_use),
             implementation=operator.implementation,
-            gain=_gain(operator, summary),
+            gain=_gain(operator, in_use),
             found=max(summary.gain, 1.0),
             trials=summary.trials,
             spent=summary.spent,
-            validated=(bool(summary.candidate) and summary.is_proven) if is_tuned else None,
-            age=days(summary.validated or summary.measured, self.now),
+            validated=(bool(in_use.candidate) and in_use.is_proven) if is_tuned else None,
+            age=days(in_use.validated or summary.measured, self.now),
             state=state,
             why=why,
             next=command.format(f"'*-{operator.workload[:8]}'{self.option}"),
         )
+
+    def _in_use(self, operator: Operator, key: str, summary: Summary) -> Summary:
+        """The summary as what the build applied has it: under a lock that need not be what tuning would apply now."""
+        entry = self.locked.get(operator.workload)
+        if entry is None or entry.use != TUNED or operator.implementation != TUNED or not entry.candidate:
+            return summary
+        return self.known.applying(key, entry.candidate)
 
     # the state
 
@@ -311,7 +318,7 @@ class _Sight:
         return self._unless_stale(operator, summary)
 
     def _unless_stale(self, operator: Operator, summary: Summary) -> tuple[State, str, str]:
-        trial = next((each for each in operator.candidates if each.strategy == _TUNED), None)
+        trial = next((each for each in operator.candidates if each.strategy == TUNED), None)
         if summary.is_empty:
             claimed = f"{summary.claims} claims to try" if summary.claims else ""
             return State.NEVER, "what was found was thrown away" if summary.withdrawn else claimed, "doit tune {}"
@@ -321,9 +328,9 @@ class _Sight:
             return State.FAILED, f"put aside: {trial.refused}", "doit why {}"
         if not summary.candidate:
             return State.FRESH, "nothing faster was found", ""
-        if operator.implementation != _TUNED and trial is not None:
+        if operator.implementation != TUNED and trial is not None:
             return State.FRESH, f"{operator.implementation} is faster than what was tuned", ""
-        if operator.implementation != _TUNED or 0 < self.built < summary.validated:
+        if operator.implementation != TUNED or 0 < self.built < summary.validated:
             return State.READY, f"{summary.gain:.2f} times as fast", f"doit build {self.model.name}{self.option}"
         return State.FRESH, "", ""
 
@@ -371,7 +378,7 @@ def _seconds(operator: Operator, profile: Mapping[str, float]) -> float | None:
 
 def _alone(operator: Operator, summary: Summary) -> float | None:
     """Seconds of a call, timed alone: what a lock compares."""
-    if operator.implementation == _TUNED and summary.candidate:
+    if operator.implementation == TUNED and summary.candidate:
         return summary.seconds
     chosen = _trial(operator, operator.implementation)
     return chosen.seconds if chosen is not None else None
@@ -383,7 +390,7 @@ def _gain(operator: Operator, summary: Summary) -> float | None:
         return plain.seconds / chosen.seconds
     if operator.implementation == "default":
         return 1.0
-    is_tuned = operator.implementation == _TUNED and summary.candidate
+    is_tuned = operator.implementation == TUNED and summary.candidate
     return summary.gain if is_tuned else None
 
 

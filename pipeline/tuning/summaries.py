@@ -111,12 +111,6 @@ def summary(members: Mapping[str, Record], noise: float, tools: Mapping[str, str
         spent=stands.spent,
         measured=max(map(_measured_at, left), default=0.0),
         baseline=stands.baseline,
-        candidate=first.trial.candidate if first else "",
-        seconds=first.retest.seconds if first else 0.0,
-        gain=first.gain if first else 1.0,
-        validated=first.retest.at if first else 0.0,
-        is_proven=is_proven,
-        tools=dict(first.tools) if first and not is_proven else {},
         preferred=stands.preferred.candidate if stands.preferred else None,
         exhausted=tuple(sorted(stands.exhausted)),
         withdrawn=max((each.at for each in stands.withdrawn), default=0.0),
@@ -124,7 +118,22 @@ def summary(members: Mapping[str, Record], noise: float, tools: Mapping[str, str
         beaten=beaten,
         since=since,
         level=first is not None and _is_level(first, left, noise),
+        **_applied(first, is_proven),
     )
+
+
+def _applied(winner: Winner | None, is_proven: bool) -> dict[str, Any]:
+    """What a summary says of the candidate that is applied."""
+    if winner is None:
+        return {"candidate": "", "seconds": 0.0, "gain": 1.0, "validated": 0.0, "is_proven": is_proven, "tools": {}}
+    return {
+        "candidate": winner.trial.candidate,
+        "seconds": winner.retest.seconds,
+        "gain": winner.gain,
+        "validated": winner.retest.at,
+        "is_proven": is_proven,
+        "tools": {} if is_proven else dict(winner.tools),
+    }
 
 
 def _measured_at(record: Record) -> float:
@@ -226,6 +235,21 @@ class Summaries:
             self._file.sets[key] = stamp, made
             self._is_changed = True
         return made
+
+    def applying(self, key: str, candidate: str) -> Summary:
+        """The summary of a set, were a certain candidate applied; nothing is, where no record says that it won."""
+        made = self.of(key)
+        if made.candidate == candidate:
+            return made
+        self.opened += 1
+        stands = standing(live(self._ledger.members(key)), self._noise, self._tools)
+        known = [
+            (each, is_proven)
+            for is_proven in (True, False)
+            for each in (stands.winners if is_proven else stands.unproven)
+        ]
+        first = next((each for each in known if each[0].trial.candidate == candidate), (None, True))
+        return msgspec.structs.replace(made, **_applied(*first))
 
     def elsewhere(self, attributes: Mapping[str, Any], device: str) -> dict[str, list[str]]:
         """The other devices for which there are sets of a target's workloads, by workload."""

@@ -165,8 +165,9 @@ def test_wherever_a_merge_is_killed_every_run_is_counted_once(root: Path, monkey
     import filelock  # noqa: F401  # or a child would spend its life on that
 
     monkeypatch.setattr(usage_module, "_MANY", 2)
-    chance, least, most, cut = random.Random(5), 0, 0, 0
-    for _ in range(40):
+    chance, least, most, cut, kills = random.Random(5), 0, 0, 0, 0
+    while kills < 40 or (not cut and kills < 400):
+        kills += 1
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:

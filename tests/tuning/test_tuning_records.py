@@ -250,7 +250,7 @@ def test_a_gain_inside_the_noise_is_no_gain(seconds: float, noise: float, wins: 
 # what is tried again
 
 
-@pytest.mark.parametrize("outcome", TRANSIENT)
+@pytest.mark.parametrize("outcome", sorted(TRANSIENT))
 def test_what_may_be_the_machines_fault_is_tried_once_more_and_counted(outcome: Outcome) -> None:
     once = of(trial("aa", outcome, seconds=None))
     assert "aa" not in once.tried

@@ -39,7 +39,7 @@ def test_what_there_is_not(bench: Bench) -> None:
     assert "there is no operator or model 'conv2d*'" in bench.why("conv2d*", code=1)
     assert "wants the name of one operator" in bench.place.doit("why").err
     assert "there is no target 'x'" in bench.why("net", "-t", "x", code=2)
-    assert "--builds is 0" in bench.why("net", "-n", "0", code=2)
+    assert "option -n wants a number of 1 or more" in bench.why("net", "-n", "0", code=2)
     Journal(bench.place.folder, "native", "net").remove()
     said = bench.why()
     assert "no build of it is noted here yet" in said
