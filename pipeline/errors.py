@@ -23,6 +23,10 @@ from __future__ import annotations
 
 import enum
 import errno
+import os
+
+# Where Python lies that no user wrote: ours, the standard library, and what is installed with it.
+_NOT_THE_USERS = (os.path.dirname(__file__), os.path.dirname(os.__file__))
 
 
 class TvmakeError(Exception):
@@ -138,6 +142,21 @@ def last_line(error: BaseException) -> str:
     said = error.message if isinstance(error, TvmakeError) else str(error)
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def raised(error: BaseException) -> str:
+    """What Python of the user's raised, and where in it, in one line."""
+    if isinstance(error, SyntaxError):
+        said, file, line = error.msg, error.filename, error.lineno
+    else:
+        said, file, line = str(error), None, None
+        trace = error.__traceback__
+        while trace is not None:
+            if not trace.tb_frame.f_code.co_filename.startswith(("<", *_NOT_THE_USERS)):
+                file, line = trace.tb_frame.f_code.co_filename, trace.tb_lineno
+            trace = trace.tb_next
+    place = f" (line {line} of {os.path.basename(file)})" if file else ""
+    return f"{type(error).__name__}: {said}{place}"
 
 
 def explain_os_error(error: OSError, doing: str) -> StoreError:

@@ -1,4 +1,7 @@
-"""The one check command: `python -m tests`. Lint, strict types, then the tests; stops at the first that fails."""
+"""The one check command: `python -m tests`. Lint, strict types, then the tests; stops at the first that fails.
+
+Two processes share the tests, file by file, as what a file's tests have in common is made once; `-n 0` for one process.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKS = (
     ["ruff", "check", "."],
     ["mypy"],
-    ["pytest", *sys.argv[1:]],
+    ["pytest", "-n", "2", "--dist", "loadfile", *sys.argv[1:]],
 )
 
 

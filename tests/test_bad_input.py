@@ -215,6 +215,26 @@ def test_a_bad_declaration_is_refused(dense: WorkspaceFolder, declarations: str,
     assert not (dense.folder / "artifacts").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import json\nworkspace = (\n", "SyntaxError: '(' was never closed (line 2 of dodo.py)"),
+        ("import json\nnames = json.load(\n    open('nowhere.json'))", "(line 3 of dodo.py)"),
+        ("import json\njson.loads('{')\n", "JSONDecodeError"),
+        ("import nosuch\n", "ModuleNotFoundError: No module named 'nosuch' (line 1 of dodo.py)"),
+        ("import own\n", "NameError: name 'undefined' is not defined (line 2 of own.py)"),
+        ("from pipeline import Model\nModel.nonsense('net')\n", "AttributeError"),
+    ],
+)
+@pytest.mark.parametrize("command", ["build", "status", "tune"])
+def test_a_dodo_that_python_cannot_run(dense: WorkspaceFolder, text: str, said: str, command: str) -> None:
+    dense.write("own.py", "\nundefined\n")
+    dense.write("dodo.py", text)
+    done = dense.doit(command)
+    refused(done, "ERROR: dodo.py: ", said)
+    assert len(done.err.splitlines()) == 1
+
+
 def test_a_dodo_without_a_workspace(dense: WorkspaceFolder) -> None:
     dense.write("dodo.py", "from pipeline import DOIT_CONFIG\n")
     refused(dense.build(), "no Workspace", "workspace = Workspace(")

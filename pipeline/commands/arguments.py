@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from doit.cmd_base import Command
+from doit.cmd_base import Command, DodoTaskLoader
 from doit.cmdparse import CmdParseError
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, raised
 
 Act = TypeVar("Act")
 
@@ -55,7 +55,17 @@ class OptionsAnywhere(Command):
             said = " ".join(str(error).partition("(parsing options")[0].split())
             print(f"ERROR: doit {self.name}: {said}\n  → its options: doit help {self.name}", file=sys.stderr)
             return _WRONG
+        except Exception as error:
+            if not self._is_reading_dodo():
+                raise  # for doit, who knows those that it raises
+            print(f"ERROR: dodo.py: {raised(error)}", file=sys.stderr)
+            return _WRONG
         return code
+
+    def _is_reading_dodo(self) -> bool:
+        """Whether doit is at the user's dodo.py, or was when something went wrong."""
+        loader = getattr(self, "loader", None)
+        return isinstance(loader, DodoTaskLoader) and loader.namespace is None
 
     def _read(self, name: str, value: str) -> list[str]:
         """An option as doit takes it. Raises getopt.error where its value is none."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import numpy as np
 
-from pipeline.errors import ModelError, TvmakeError
+from pipeline.errors import ModelError, TvmakeError, raised
 from pipeline.freshness import user_files
 from pipeline.modelfiles import is_within, require_unchanged
 from pipeline.stages import Inputs, Options, Outputs
@@ -100,19 +100,7 @@ class _Called:
         except TvmakeError:
             raise
         except Exception as error:
-            place = _innermost(error)
-            raise ModelError(f"its function raised {type(error).__name__}: {error}{place}") from error
-
-
-def _innermost(error: BaseException) -> str:
-    trace = error.__traceback__
-    where = ""
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if code.co_filename != __file__ and "site-packages" not in code.co_filename:
-            where = f" (line {trace.tb_lineno} of {os.path.basename(code.co_filename)})"
-        trace = trace.tb_next
-    return where
+            raise ModelError(f"its function raised {raised(error)}") from error
 
 
 def _npz(case: Case) -> bytes:
