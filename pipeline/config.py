@@ -253,10 +253,15 @@ def _require_sensible(path: Path, read: TargetFile) -> None:
 
 
 def _require_sensible_device(path: Path, device: Device) -> None:
+    if device.parallel < 1:
+        raise ConfigError(f"{_shown(path)}: device.parallel is {device.parallel}", hint="give a number of 1 or more")
+    for name, seconds in (("timeout", device.timeout), ("wait", device.wait)):
+        if not seconds > 0:
+            raise ConfigError(f"{_shown(path)}: device.{name} is {seconds}", hint="give seconds, more than 0")
+    word = "give a word without spaces and colons"
     if device.label:
-        if ":" in device.label or device.label.split() != [device.label]:
-            said = f"{_shown(path)}: device.label is {device.label!r}"
-            raise ConfigError(said, hint="give a word without spaces and colons")
+        if not is_label(device.label):
+            raise ConfigError(f"{_shown(path)}: device.label is {device.label!r}", hint=word)
         if device.tracker or device.key:
             raise ConfigError(
                 f"{_shown(path)}: device.label and device.tracker are given",
@@ -266,13 +271,13 @@ def _require_sensible_device(path: Path, device: Device) -> None:
     host, _, port = device.tracker.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ConfigError(f"{_shown(path)}: device.tracker is {device.tracker!r}", hint='write "host:port"')
-    if not device.key or ":" in device.key or device.key.split() != [device.key]:
-        raise ConfigError(f"{_shown(path)}: device.key is {device.key!r}", hint="give a word without spaces and colons")
-    if device.parallel < 1:
-        raise ConfigError(f"{_shown(path)}: device.parallel is {device.parallel}", hint="give a number of 1 or more")
-    for name, seconds in (("timeout", device.timeout), ("wait", device.wait)):
-        if not seconds > 0:
-            raise ConfigError(f"{_shown(path)}: device.{name} is {seconds}", hint="give seconds, more than 0")
+    if not is_label(device.key):
+        raise ConfigError(f"{_shown(path)}: device.key is {device.key!r}", hint=word)
+
+
+def is_label(text: str) -> bool:
+    """Whether workers can be known by it, or devices by their tracker: one word, without colons."""
+    return text.split() == [text] and ":" not in text
 
 
 def _shown(path: Path) -> str:

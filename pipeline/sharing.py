@@ -85,11 +85,12 @@ def push(workspace: Workspace, pairs: Pairs, left: Left) -> list[Moved]:
         absent = _absent(remote, found)
         for key in absent:
             remote.publish(key, found[key][1])
-        remote.finish(left)
+        remote.drain(left)
         moved.entries, moved.of = remote.counts.published - before, len(absent)
         moved.lost = moved.of - moved.entries
         workspace.build.publish_closure(target, model, found)
-        remote.finish(left)
+        remote.drain(left)
+    remote.finish(left)
     if workspace.lanes is not None:
         workspace.lanes.publish()
     return done

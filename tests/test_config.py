@@ -166,6 +166,12 @@ def test_a_wrong_value_is_refused_by_name(tmp_path: Path, key: str, value: str) 
     assert error.hint
 
 
+@pytest.mark.parametrize("line", ["parallel = 0", "timeout = 0", "wait = -1", 'label = "a:b"', 'label = "a b"'])
+def test_what_a_labelled_worker_is_told_must_make_sense_as_well(tmp_path: Path, line: str) -> None:
+    label = "" if line.startswith("label") else 'label = "board"\n'
+    assert line.partition(" ")[0] in refused(write(tmp_path, f'target = "native"\n[device]\n{label}{line}\n')).message
+
+
 @pytest.mark.parametrize(
     ("key", "allowed"),
     [

@@ -77,7 +77,6 @@ def test_one_operator_is_stale_is_tuned_and_is_rebuilt_and_no_other(tuned: Works
     assert dict(night.trials) == {label.rpartition("-")[0]: len(FEW)}, "it alone is tuned, and anew"
     tuned.build().good()
     assert set(implementations(tuned).values()) == {"tuned"}
-    assert invalidate(tuned, "no-such-operator").code == 1
 
 
 def test_it_holds_for_who_shares_the_store_and_does_not_come_back(
@@ -136,6 +135,10 @@ def test_what_can_be_meant(tuned: WorkspaceFolder) -> None:
     done = invalidate(tuned)
     assert done.code == 2
     assert "which operators" in done.err
+    done = invalidate(tuned, "nosuch", digest, "--yes")
+    assert done.code == 2
+    assert "there is no operator nosuch\n" in done.err
+    assert meant("--all") == every, "nothing goes where one of the names may be a slip"
     assert invalidate(tuned, "--older-than", "soon").code == 2
     assert invalidate(tuned, "--model", "other").code == 2
 

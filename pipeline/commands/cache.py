@@ -213,9 +213,12 @@ def _gc(workspace: Workspace, asked: Asked) -> int:
     with _progress("looking at the store") as progress:
         planned = upkeep.collect(store, bounds, pins, dry_run=True, progress=progress)
     _show_collected(planned)
-    if not asked.dry_run and not planned.unreadable_pins and (planned.entries_removed or planned.blobs_removed):
-        with _progress("removing") as progress:
-            planned = upkeep.collect(store, bounds, pins, progress=progress)
+    if asked.dry_run:
+        _say(_collected("would remove", planned))
+    elif not planned.unreadable_pins:
+        if planned.entries_removed or planned.blobs_removed:
+            with _progress("removing") as progress:
+                planned = upkeep.collect(store, bounds, pins, progress=progress)
         _say(_collected("removed", planned))
     return OK if planned.within else INCOMPLETE
 
@@ -227,7 +230,6 @@ def _show_collected(planned: Collected) -> None:
         for stage, share in planned.by_stage.items()
     ]  # fmt: skip
     _table(("stage", "entries that go", "bytes", "that stay", "bytes"), rows)
-    _say(_collected("would remove", planned))
     for path in planned.unreadable_pins:
         _say(f"{path} cannot be read: as it may pin anything, nothing is removed\n  → mend it or delete it")
     if not planned.within and not planned.unreadable_pins:

@@ -158,14 +158,15 @@ def _address(verb: str, rest: Sequence[str]) -> str:
 
 
 def _worker(asked: Asked) -> None:
+    from pipeline.config import is_label
     from pipeline.executors.serving import run_worker
     from pipeline.toolchain import detect
     from pipeline.workspace import jobs
 
     detect()  # what is wrong with this machine is said before it is asked to work
     for label in asked.labels:
-        if not label or label.split() != [label]:
-            raise ConfigError(f"{label!r} is no label", hint="write a word: cuda-sm_90")
+        if not is_label(label):
+            raise ConfigError(f"{label!r} is no label", hint="write a word without spaces and colons: cuda-sm_90")
     run_worker(asked.address, asked.threads or jobs(), asked.labels, asked.name, _say)
 
 

@@ -93,6 +93,8 @@ Exit code: 0 shown or done, 1 there is nothing that this means, 2 the workspace 
         try:
             workspace.gather()
             known = look(workspace, self._selection, self.dep_manager)
+            if strays := self._choice.strays(each for one in known.operators for each in one.workloads.values()):
+                raise ConfigError(f"there is no operator {' '.join(strays)}", hint="`doit status --all` lists them")
             found = [(operators, loss) for operators in known.operators for loss in self._losses(operators, known)]
             lock = read(workspace.folder / FILE) or Lock()
             held = [_is_held_back(operators, loss, lock) for operators, loss in found]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidDodoFile
 
 from pipeline.commands.arguments import OptionsAnywhere
-from pipeline.errors import TvmakeError
+from pipeline.errors import NotBuiltError, TvmakeError
 from pipeline.types import Profile
-from pipeline.workspace import Selection, selecting
+from pipeline.workspace import Selection, Workspace, selecting
+
+if TYPE_CHECKING:
+    from pipeline.models import Model
 
 OK, NOTHING, ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -56,6 +60,14 @@ def profile_of(manager: Any, target: str, model: str) -> Profile | None:
     """The times that the last build of a model took down, as doit remembers them; None where it took none."""
     kept = (manager.get_values(f"profile:{target}:{model}") or {}).get("profile")
     return msgspec.convert(kept, Profile) if kept else None
+
+
+def require_built(workspace: Workspace, target: str, model: Model) -> Path:
+    """The folder of an artifact. Raises NotBuiltError where there is none yet."""
+    folder = workspace.artifact(target, model)
+    if not folder.exists():
+        raise NotBuiltError(f"{target}:{model.name} is not built", hint=f"type `doit build {model.name}`")
+    return folder
 
 
 def selection_of(models: Iterable[str], targets: Iterable[str]) -> Selection:

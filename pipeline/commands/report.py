@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from pipeline.commands.arguments import opt_json, opt_target
-from pipeline.commands.looking import NOTHING, OK, Looking, print_json, selection_of
-from pipeline.errors import TvmakeError
+from pipeline.commands.looking import NOTHING, OK, Looking, print_json, require_built, selection_of
+from pipeline.errors import NotBuiltError, TvmakeError
 from pipeline.workspace import Selection, the_workspace
 
 
@@ -42,7 +42,10 @@ Exit code: 0 shown, 1 a model is not built yet, 2 the workspace is at fault.
         made, missing = [], []
         for target, model in workspace.pairs(self._selection):
             try:
-                manifest = read_manifest(workspace.artifact(target, model))
+                manifest = read_manifest(require_built(workspace, target, model))
+            except NotBuiltError as error:
+                missing.append(str(error))
+                continue
             except TvmakeError as error:
                 missing.append(f"{target}:{model.name}: {error}")
                 continue

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pipeline.commands.arguments import opt_json, opt_target
-from pipeline.commands.looking import NOTHING, OK, Looking, print_json, selection_of
-from pipeline.errors import ArtifactError, ConfigError
+from pipeline.commands.looking import NOTHING, OK, Looking, print_json, require_built, selection_of
+from pipeline.errors import ArtifactError, ConfigError, NotBuiltError
 from pipeline.workspace import Selection, Workspace, the_workspace
 
 if TYPE_CHECKING:
@@ -76,7 +76,11 @@ at fault.
             if is_model and model.name != self._asked:
                 continue
             try:
+                require_built(workspace, target, model)
                 artifact = _artifact(workspace, target, model)
+            except NotBuiltError as error:
+                missing.append(str(error))
+                continue
             except ArtifactError as error:
                 missing.append(f"{target}:{model.name}: {error}")
                 continue
@@ -84,17 +88,13 @@ at fault.
             is_fresh = _is_fresh(workspace, target, model) if told else True
             accounts += [(each, is_fresh) for each in told]
         _show(accounts, json)
-        return self._code(accounts, missing)
-
-    def _code(self, accounts: list[tuple[Account | ModelAccount, bool]], missing: list[str]) -> int:
         if accounts:
             return OK
-        for text in missing:
-            print(text, file=sys.stderr)
-        print(
-            f"there is no operator or model {self._asked!r} in what is built\n  → `doit report` lists them",
-            file=sys.stderr,
-        )
+        if not is_model:
+            missing.append(
+                f"there is no operator or model {self._asked!r} in what is built\n  → `doit report` lists them"
+            )
+        print("\n".join(missing), file=sys.stderr)
         return NOTHING
 
 

@@ -361,13 +361,17 @@ class RemoteCache:
         with self._changed:
             return len(self._sending.queue) + self._sending.active
 
-    def finish(self, progress: Callable[[int], None] | None = None) -> None:
+    def drain(self, progress: Callable[[int], None] | None = None) -> None:
         """Waits until what was published is sent, or the remote is given up; tells what is left from time to time."""
         with self._changed:
             while self._sending.queue or self._sending.active:
                 self._changed.wait(0.25)
                 if progress is not None:
                     progress(len(self._sending.queue) + self._sending.active)
+
+    def finish(self, progress: Callable[[int], None] | None = None) -> None:
+        """As `drain`, and says what could not be sent."""
+        self.drain(progress)
         dropped = self.counts.dropped
         if dropped and not self._available.is_closed(Way.WRITE):  # else it was told that nothing is sent any more
             self._tell_once(

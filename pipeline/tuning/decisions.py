@@ -58,6 +58,11 @@ class Choice:
         """Whether some records of an operator may be meant and others not."""
         return self.older_than is not None or bool(self.toolchains)
 
+    def strays(self, workloads: Iterable[Workload]) -> list[str]:
+        """The patterns that name none of these operators."""
+        known = list(workloads)
+        return [pattern for pattern in self.patterns if not any(_is_named(each, pattern) for each in known)]
+
     def means(self, workload: Workload, implementation: str, standing: Standing) -> bool:
         named = not self.patterns or any(_is_named(workload, pattern) for pattern in self.patterns)
         used = not self.implementations or any(fnmatch.fnmatchcase(implementation, one) for one in self.implementations)

@@ -129,6 +129,7 @@ def test_a_wrong_address_ends_a_build_at_once_and_in_words(net: WorkspaceFolder)
         (("cluster", "scheduler", "tcp://here:1"), "`doit cluster scheduler` has no use for tcp://here:1"),
         (("cluster", "status", "tcp://here:1", "-p", "5"), "`doit cluster status` takes no -p"),
         (("cluster", "worker", "tcp://127.0.0.1:1", "--label", "two words"), "'two words' is no label"),
+        (("cluster", "worker", "tcp://127.0.0.1:1", "--label", "a:b"), "'a:b' is no label"),
         (("cluster", "worker", "tcp://127.0.0.1:1"), "no scheduler answers at tcp://127.0.0.1:1"),
     ],
 )

@@ -34,7 +34,7 @@ def test_one_of_several_and_for_programs(bench: Bench) -> None:
 
 
 def test_what_there_is_not(bench: Bench) -> None:
-    assert "is not an artifact" in bench.why(code=1)
+    assert "native:net is not built" in bench.why(code=1)
     bench.build()
     assert "there is no operator or model 'conv2d*'" in bench.why("conv2d*", code=1)
     assert "wants the name of one operator" in bench.place.doit("why").err
