@@ -29,25 +29,15 @@ from pipeline.devices.contract import MeasuredOn
 from pipeline.dispatch import Dispatcher, Run
 from pipeline.errors import CheckError, ConfigError, StageError, StoreError
 from pipeline.hashing import Digest, key_of
+from pipeline.inference import Inference
 from pipeline.lock import FILE, Following, pin_of
 from pipeline.memoizer import Action, Memoizer
 from pipeline.modelfiles import is_within
 from pipeline.models import Model
 from pipeline.platforms import is_source
-from pipeline.processor import device
 from pipeline.reading import Reader
 from pipeline.store import ActionEntry, Pins
-from pipeline.types import (
-    CheckState,
-    Decision,
-    ModelSource,
-    Plan,
-    Profile,
-    Reference,
-    TensorSpec,
-    Weight,
-    Workload,
-)
+from pipeline.types import Decision, ModelSource, Plan, Profile, Reference, Weight, Workload
 
 T = TypeVar("T")
 NATIVE = "native"  # in a target's file: this machine
@@ -316,44 +306,14 @@ class Build:
         return self._assembly(target, model).link(self.packed(target, model), inside)
 
     def _check(self, target: str, model: Model) -> Reference:
-        resolved, source, linked = self.target(target), self.source(model), self.linked(target, model)
-        if not resolved.file.check.enabled:
-            return Reference(CheckState.SKIPPED, "switched off in the target's file")
-        if not resolved.is_here or linked.library is None:
-            return Reference(CheckState.SKIPPED, "what is built for the target does not run on this machine")
-        plan = self.plan(target, model)
-        inputs = {"skeleton": source.skeleton, **_runnable(linked)}
-        inputs |= {f"w{i}": weight.blob for i, weight in enumerate(source.weights)}
-        inputs |= {f"case{i}": case for i, case in enumerate(source.cases)}
-        options: dict[str, object] = {
-            "kind": model.kind,
-            **_signature(plan, linked),
-            "weights": _plain(weight.spec for weight in source.weights),
-            "tolerance": resolved.file.check.tolerance,
-            "seeds": list(resolved.file.check.seeds),
-            "high": model.high,
-        }
-        action = Action(stages.CHECK, f"{target}:{model.name}", inputs, options, resolved.file.timeout)
-        outcome = msgspec.json.decode(
-            self.memoizer.blob(self.memoizer.run(action).outputs["reference"]), type=Reference
-        )
-        if outcome.state is CheckState.FAILED:
-            raise CheckError(
-                outcome.reason,
-                stage="check",
-                subject=f"{target}:{model.name}",
-                hint=f"the artifact was not replaced; tolerance in targets/{target}.toml is {outcome.tolerance:g}",
-            )
-        return outcome
+        return self._inference(target, model).check(self.source(model))
 
     def _profile(self, target: str, model: Model) -> Profile | None:
-        resolved = self.target(target)
-        linked, plan = self.linked(target, model), self.plan(target, model)
-        if not resolved.file.measure.profile or not resolved.is_here or linked.library is None:
-            return None
-        options: dict[str, object] = {**_signature(plan, linked), "high": model.high, "device": device()}
-        action = Action(stages.PROFILE, f"{target}:{model.name}", _runnable(linked), options, resolved.file.timeout)
-        return msgspec.json.decode(self.memoizer.blob(self.memoizer.run(action).outputs["profile"]), type=Profile)
+        return self._inference(target, model).profile()
+
+    def _inference(self, target: str, model: Model) -> Inference:
+        linked = self.linked(target, model)
+        return Inference(model, self.target(target), self.plan(target, model), linked, self.memoizer)
 
     def _publish(self, target: str, model: Model) -> Path:
         linked, reference, plan = self.linked(target, model), self.reference(target, model), self.plan(target, model)
@@ -504,25 +464,3 @@ def _require_within(names: Iterable[str], subject: str) -> None:
     another machine may have made."""
     if outside := [name for name in names if not is_within(name)]:
         raise StoreError(f"what is stored of {subject} leads to a file elsewhere: {ascii(outside[0])[:80]}")
-
-
-def _runnable(linked: Linked) -> dict[str, Digest]:
-    """A library with what it takes to run it, as the inputs of a stage."""
-    assert linked.library is not None
-    inputs = {"library": linked.library}
-    inputs |= {f"a{i}": weight.blob for i, weight in enumerate(linked.weights)}
-    return inputs | {f"l{i}": digest for i, digest in enumerate(linked.shared.values())}
-
-
-def _signature(plan: Plan, linked: Linked) -> dict[str, object]:
-    """What a library takes and gives, and which libraries it needs, as the options of a stage."""
-    return {
-        "inputs": _plain(plan.inputs),
-        "outputs": _plain(plan.outputs),
-        "arguments": _plain(weight.spec for weight in linked.weights),
-        "libraries": list(linked.shared),
-    }
-
-
-def _plain(specs: Iterable[TensorSpec]) -> list[list[object]]:
-    return [[spec.name, list(spec.shape), spec.dtype] for spec in specs]

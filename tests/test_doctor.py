@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from pipeline import doctor, processor, toolchain
-from pipeline.doctor import CHECKS, Check, Finding, Place, State
+from pipeline.doctor import CHECKS, Check, Finding, Place, State, compiling, machine, surroundings
 from pipeline.store import Store
 
-ROOT = Path(doctor.__file__).parent.parent
+ROOT = Path(doctor.__file__).parents[2]
 COMMAND = [sys.executable, "-m", "doit", "doctor"]
 IN_CHILD = [check.title for check in CHECKS if check.place is Place.CHILD]
 NOTHING = [sys.executable, "-S", "-c", ""]  # a child that has nothing to say
@@ -323,14 +323,14 @@ def test_a_compiler_that_is_named_and_not_there(cache: Path, monkeypatch: pytest
 def test_a_disk_that_fills(cache: Path, monkeypatch: pytest.MonkeyPatch, free: float, state: State) -> None:
     usage = shutil.disk_usage(cache.parent)._replace(free=int(free))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    finding = doctor.store_disk()
+    finding = surroundings.store_disk()
     assert finding.state is state
     assert bool(finding.hint) is (state is not State.OK)
 
 
 def test_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: ((os.cpu_count() or 1) + 0.5, 0.0, 0.0))
-    finding = doctor.cores()
+    finding = machine.cores()
     assert finding.state is State.WARNING
     assert "noisy" in finding.said
 
@@ -339,7 +339,7 @@ def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     psutil = pytest.importorskip("psutil")
     now = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: now._replace(available=1_000_000_000))
-    finding = doctor.memory()
+    finding = machine.memory()
     assert (finding.state, finding.said.split(" of ")[0]) == (State.WARNING, "1.0 GB available")
 
 
@@ -359,7 +359,7 @@ def test_a_virtual_machine_that_hides_features(monkeypatch: pytest.MonkeyPatch) 
     native = targets.resolve(targets.NATIVE)
     hidden = frozenset(name for name in processor._features() if not name.startswith(("avx", "fma", "f16c", "bmi")))
     monkeypatch.setattr(processor, "_features", lambda: hidden)
-    finding = doctor.processor()
+    finding = compiling.processor()
     assert finding.state is State.FAULT
     assert f"takes this for a {native['mcpu']}" in finding.said
     assert len(re.findall("avx512_?bf16", finding.said)) <= 1

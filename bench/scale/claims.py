@@ -95,14 +95,15 @@ def _key(name: str) -> str:
 
 
 def _ledger(folder: Path, shared: Path) -> tuple[Ledger, CountedRemote]:
-    from pipeline.remotes.cache import opened
+    from pipeline.remotes import open_remote
+    from pipeline.remotes.cache import RemoteCache
     from pipeline.remotes.lanes import Lanes
-    from pipeline.remotes.settings import Settings
+    from pipeline.remotes.settings import Policy
 
     shared.mkdir(exist_ok=True)
     store = Store(folder, durable=False)
-    cache: Any = opened(store, Settings(url=f"file://{shared}"))
-    cache.remote = remote = CountedRemote(cache.remote)
+    remote: Any = CountedRemote(open_remote(f"file://{shared}"))
+    cache = RemoteCache(store, remote, Policy.READ_WRITE, print)
     return Ledger(store, 0.02, shared=Lanes(cache, store)), remote
 
 

@@ -188,8 +188,7 @@ class Session:
             return
         self.workspace.build.memoizer.watcher = self.progress
         if (remote := self.workspace.build.memoizer.remote) is not None:
-            remote.say = lambda sentence: self.progress.say(f"WARNING {sentence}")
-            remote.tell = self.progress.tell
+            remote.show(lambda sentence: self.progress.say(f"WARNING {sentence}"), self.progress.tell)
         executor = self.workspace.build.memoizer.workers
         executor.limit = self._wanted or executor.limit
         executor.say = lambda sentence: self.progress.say(f"WARNING {sentence}")

@@ -4,6 +4,8 @@
     a worker that is frozen    is given up after twenty to forty seconds, not five to ten minutes
     a worker that is lost      its work goes to another three times; then it is called the work's fault
     a connection               remembers ten messages, not a thousand: orders and answers are in them
+    a look at itself           is had once a second or more seldom: by itself each process wakes up a hundred times a
+                               second and more, for pages that nobody opens here
     words                      dask's own log is left to errors of its own: what happens is told by who asked
 
 Driver, workers and schedulers that tvmake starts all come by here.
@@ -25,6 +27,10 @@ _SETTINGS = {
     "distributed.scheduler.worker-ttl": "20s",
     "distributed.scheduler.allowed-failures": ALLOWED_FAILURES,
     "distributed.admin.low-level-log-length": 1,
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "10s",
+    "distributed.admin.system-monitor.disk": False,
+    "distributed.worker.profile.enabled": False,
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,

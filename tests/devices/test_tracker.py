@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import doctor
 from pipeline.devices.tracker import Tracker, serve, start
-from pipeline.doctor import State
+from pipeline.doctor import State, surroundings
 from pipeline.errors import DeviceError
 from tests.devices.boards import HOST, Boards, free_port
 
@@ -105,10 +104,10 @@ def targets(folder: Path, **trackers: str) -> None:
 
 def test_the_doctor_tells_who_is_there(boards: Boards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert doctor.devices().said == "no target of this folder is measured on devices behind a tracker"
+    assert surroundings.devices().said == "no target of this folder is measured on devices behind a tracker"
     targets(tmp_path, board=boards.address)
     boards.await_free("board", 2)
-    found = doctor.devices()
+    found = surroundings.devices()
     assert (found.state, found.said) == (State.OK, f"board at {boards.address}: 2 there, 2 free, 0 busy")
 
 
@@ -117,7 +116,7 @@ def test_the_doctor_misses_a_key_and_a_tracker(boards: Boards, tmp_path: Path, m
     nowhere = f"{HOST}:{free_port()}"
     targets(tmp_path, board=boards.address, pi=boards.address, far=nowhere)
     begun = time.monotonic()
-    found = doctor.devices()
+    found = surroundings.devices()
     assert time.monotonic() - begun < 5
     assert found.state is State.WARNING
     assert "2 there" in found.said

@@ -18,7 +18,7 @@ import pytest
 import stage_doubles
 from stage_doubles import double
 
-from pipeline import doctor
+from pipeline.doctor import surroundings
 from pipeline.errors import ConfigError, ExecutorError, SetupError, StageError, TvmakeError, WorkerDiedError
 from pipeline.executors import open_executor, require_meant
 from pipeline.executors.serving import run_scheduler
@@ -65,7 +65,7 @@ def test_what_cannot_be_meant_is_told_without_asking_anybody(text: str, monkeypa
         require_meant(text)
     monkeypatch.setenv("TVMAKE_EXECUTOR", text)
     with pytest.raises(ConfigError):
-        doctor.executor()
+        surroundings.executor()
 
 
 def test_a_scheduler_that_cannot_listen_says_so() -> None:
