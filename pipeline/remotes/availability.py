@@ -5,7 +5,8 @@
             ──FULL, three times in a row──▶ not written any more: one blob may be too large and others not
 
 While a remote is left alone nobody waits for it. Whoever is in a call when it goes away ends within the terms of that
-call; the first tells, the others keep quiet.
+call; the first tells, the others keep quiet. One that goes away is neither read nor written, until each way is tried
+again: one that can be read and not written, as a folder that nobody can make, is read, and complained of once.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class Availability:
         self._say = say
         self._now = now
         self._lock = threading.Lock()
-        self._until = 0.0  # when it may be asked again
-        self._pause = 0.0
-        self._probing = False  # whether somebody asks whether it is back
+        self._until = dict.fromkeys(Way, 0.0)  # when it may be asked again
+        self._pause = dict.fromkeys(Way, 0.0)
+        self._probing: set[Way] = set()  # ways that somebody tries, to see whether it is back
+        self._away: set[Way] = set()  # ways in which it was not there since it was complained of
         self._garbled = self._full = 0
         self._closed: set[Way] = set()
         self._told: set[str] = set()  # complaints
@@ -50,12 +52,12 @@ class Availability:
     def may(self, way: Way) -> bool:
         """Whether the remote may be asked now. Of many threads that ask after a pause one is let through at a time."""
         with self._lock:
-            if way in self._closed or self._now() < self._until:
+            if way in self._closed or self._now() < self._until[way]:
                 return False
-            if self._pause:
-                if self._probing:
+            if self._pause[way]:
+                if way in self._probing:
                     return False
-                self._probing = True
+                self._probing.add(way)
             return True
 
     def is_closed(self, way: Way) -> bool:
@@ -63,12 +65,16 @@ class Availability:
         with self._lock:
             return way in self._closed
 
-    def answered(self) -> None:
+    def answered(self, way: Way) -> None:
         """It did what it was asked to do, or said that it has nothing."""
         with self._lock:
-            was_away = self._pause > 0
-            self._pause, self._until, self._probing, self._full = 0.0, 0.0, False, 0
-        if was_away:
+            is_back = way in self._away
+            if is_back:
+                self._away.clear()
+            self._pause[way] = self._until[way] = 0.0
+            self._probing.discard(way)
+            self._full = 0
+        if is_back:
             self._say(f"the remote {self._name} answers again")
 
     def made_sense(self) -> None:
@@ -79,13 +85,13 @@ class Availability:
     def failed(self, way: Way, error: RemoteError) -> None:
         """It did not do its part. One that fails while others wait is told of once."""
         with self._lock:
-            self._probing = False
+            self._probing.discard(way)
             if error.trouble is Trouble.AWAY:
-                first = self._pause == 0
-                if self._now() >= self._until:  # those that were in a call when it went away count as one
-                    self._pause = min(_LONGEST, self._pause * 2) if self._pause else _FIRST
-                    self._until = self._now() + self._pause
-                told = first
+                told = not self._away
+                self._away.add(way)
+                for each in Way:
+                    if told or each is way or self._pause[each]:  # else it answered that way since
+                        self._leave(each)
             elif error.trouble is Trouble.GARBLED:
                 self._garbled += 1
                 told = self._garbled == _GARBLED and way not in self._closed
@@ -102,6 +108,12 @@ class Availability:
         if told and (error.trouble is Trouble.AWAY or error.message not in self._told):
             self._told.add(error.message)
             self._say(_complaint(error, way))
+
+    def _leave(self, way: Way) -> None:
+        """Leaves it alone for a while; those that were in a call when it went away count as one."""
+        if self._now() >= self._until[way]:
+            self._pause[way] = min(_LONGEST, self._pause[way] * 2) if self._pause[way] else _FIRST
+            self._until[way] = self._now() + self._pause[way]
 
 
 def _complaint(error: RemoteError, way: Way) -> str:

@@ -87,9 +87,9 @@ class Calls:
                 self._available.failed(each, refused)
             return None
         except BaseException:
-            self._available.answered()  # the fault is on this side
+            self._available.answered(way)  # the fault is on this side
             raise
-        self._available.answered()
+        self._available.answered(way)
         return answer
 
     def map(self, call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

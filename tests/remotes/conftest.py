@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.remotes.machines import Machine
 from tests.remotes.places import KINDS, Place
 from tests.servers import Server
 
@@ -63,3 +64,18 @@ def frail(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     """Every kind of server in turn, for this test alone: it may be killed."""
     with KINDS[request.param](tmp_path / "server") as server:
         yield from _place(server.url, server, tmp_path / "mine", monkeypatch)
+
+
+@pytest.fixture
+def between(tmp_path: Path) -> Path:
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def one(tmp_path: Path, between: Path) -> Machine:
+    return Machine(tmp_path / "one", between)
+
+
+@pytest.fixture
+def other(tmp_path: Path, between: Path) -> Machine:
+    return Machine(tmp_path / "other", between)

@@ -50,9 +50,32 @@ def test_one_that_is_away_is_asked_again_after_longer_and_longer(
     assert max(pauses) == 60
     assert len(said) == 1, "complained of once"
     assert available.may(Way.READ)
-    available.answered()
+    available.answered(Way.READ)
     assert said[1:] == ["the remote r answers again"]
     assert available.may(Way.READ)
+
+
+def test_one_that_is_read_and_cannot_be_written_is_complained_of_once(
+    available: Availability, clock: Clock, said: list[str]
+) -> None:
+    written = []
+    for second in range(200):
+        if available.may(Way.READ):
+            available.answered(Way.READ)
+        if available.may(Way.WRITE):
+            available.failed(Way.WRITE, AWAY)
+            written.append(second)
+        assert available.may(Way.READ) == (second >= 5), "it answers, once it was asked"
+        if second >= 5:
+            available.answered(Way.READ)
+        clock.seconds += 1
+    assert written == [0, 5, 15, 35, 75, 135, 195]
+    assert len(said) == 1
+    assert available.may(Way.WRITE) is False
+    clock.seconds += 60
+    assert available.may(Way.WRITE)
+    available.answered(Way.WRITE)
+    assert said[1:] == ["the remote r answers again"]
 
 
 def test_many_that_fail_at_once_count_as_one(available: Availability, clock: Clock, said: list[str]) -> None:
@@ -68,7 +91,7 @@ def test_after_a_pause_one_asks_for_all(available: Availability, clock: Clock) -
     available.failed(Way.READ, AWAY)
     clock.seconds += 5
     assert [available.may(Way.READ) for _ in range(3)] == [True, False, False]
-    available.answered()
+    available.answered(Way.READ)
     assert all(available.may(Way.READ) for _ in range(3))
 
 
@@ -77,7 +100,7 @@ def test_one_blob_that_does_not_fit_does_not_keep_others_here(available: Availab
     for _ in range(2):
         available.failed(Way.WRITE, full)
         available.failed(Way.WRITE, full)
-        available.answered()
+        available.answered(Way.WRITE)
     assert available.may(Way.WRITE)
     assert said == ["the remote r takes no blob as large as that; what does not fit stays here"]
     for _ in range(3):
@@ -103,7 +126,7 @@ def test_one_that_talks_nonsense_is_left_alone_in_the_end(available: Availabilit
     available.made_sense()
     for _ in range(7):
         available.failed(Way.READ, garbled)
-        available.answered()
+        available.answered(Way.READ)
     assert available.may(Way.READ)
     assert not said, "now and then something is broken anywhere"
     available.failed(Way.READ, garbled)

@@ -1,85 +1,18 @@
-"""Which operator is next, when one has ended, and what a budget is for."""
+"""Which operator is next, and when one has ended."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 
 from pipeline.tuning import scheduler as scheduling
 from pipeline.tuning.fakes import SPACE, MemoryLedger, operator
-from pipeline.tuning.records import (
-    Certificate,
-    CompletedRecord,
-    ExhaustedRecord,
-    Outcome,
-    Record,
-    RetestRecord,
-    Standing,
-    TrialRecord,
-)
+from pipeline.tuning.records import ExhaustedRecord, Outcome
 from pipeline.tuning.scheduler import Scheduler, Turn
-from pipeline.tuning.states import Curve, Operator, Terms, Why
-
-NOISE = 0.02
-
-
-class Book(MemoryLedger):
-    """Records written by hand: ratios of trials, None for one that failed."""
-
-    def tried(
-        self,
-        chosen: Operator,
-        ratios: Sequence[float | None],
-        cost: float = 0.4,
-        won: float | None = None,
-        outcome: Outcome = Outcome.FAILED,
-    ) -> Book:
-        known = len(self.records.get(chosen.key, ()))
-        trials: list[Record] = [
-            TrialRecord(
-                candidate=f"{chosen.key[:8]}-{known + i}",
-                space="fake",
-                space_version=1,
-                decisions=i,
-                outcome=outcome if ratio is None else Outcome.TIMED,
-                seconds=None if ratio is None else chosen.seconds / ratio,
-                baseline=None if ratio is None else chosen.seconds,
-                cost=cost,
-                at=float(known + i),
-            )
-            for i, ratio in enumerate(ratios)
-        ]
-        if won is not None:
-            proof = Certificate("default", (0,), 1e-4, 0.0)
-            name = trials[-1].candidate  # type: ignore[union-attr]
-            seconds = chosen.seconds / won
-            trials.append(
-                RetestRecord(candidate=name, seconds=seconds, baseline=chosen.seconds, noise=0.0, certificate=proof)
-            )
-        self.add(chosen.key, {}, trials)
-        return self
-
-
-def order_of(made: Scheduler, count: int, elapsed: float = 0.0) -> list[str]:
-    """The operators of the next turns, where nothing comes of any."""
-    turns = [made.pick(elapsed) for _ in range(count)]
-    return [turn.operator.workload.name for turn in turns if turn is not None]
-
-
-def scheduler(operators: Sequence[Operator], book: MemoryLedger | None = None, **terms: object) -> Scheduler:
-    ledger = book or MemoryLedger()
-    return Scheduler(operators, ledger.standing, Terms(**terms))  # type: ignore[arg-type]
-
-
-def why(operators: Sequence[Operator], book: MemoryLedger, **terms: object) -> Mapping[str, Why | None]:
-    made = scheduler(operators, book, **terms)
-    return {state.operator.workload.name: state.why for state in made.states.values()}
-
-
-SMALL, MIDDLE, LARGE = operator("small", 1e-4), operator("middle", 1e-3), operator("large", 5e-3)
+from pipeline.tuning.states import Terms, Why
+from tests.tuning.books import LARGE, MIDDLE, OPERATORS, SMALL, Book, order_of, scheduler, why
 
 
 def test_the_largest_is_first() -> None:
@@ -260,113 +193,6 @@ def test_what_is_put_aside_stays_so() -> None:
     assert made.plan().forecasts[0].why == "put aside: the builder died"
 
 
-# Budgets.
-
-OPERATORS = tuple(operator(f"op{i}", 1e-3 * 0.8**i) for i in range(10))
-TUNED = [1 + i / 50 for i in range(100)]
-
-
-def a_tuned_book(each: float, but: Sequence[Operator] = ()) -> Book:
-    """Every operator had so many seconds."""
-    book = Book()
-    for one in OPERATORS:
-        if one not in but:
-            book.tried(one, TUNED, cost=each / len(TUNED))
-    return book
-
-
-def test_a_budget_that_is_spent_gives_nothing_and_a_larger_one_goes_on() -> None:
-    assert scheduler(OPERATORS, a_tuned_book(60), budget=600.0).pick(0.0) is None
-    assert scheduler(OPERATORS, a_tuned_book(60), budget=700.0).pick(0.0) is not None
-    assert scheduler(OPERATORS, a_tuned_book(60)).pick(0.0) is not None
-
-
-def test_less_than_a_trial_is_nothing_left() -> None:
-    book = a_tuned_book(60)  # 0.6 seconds a trial
-    assert scheduler(OPERATORS, book, budget=600.5).pick(0.0) is None
-    assert scheduler(OPERATORS, book, budget=600.7).pick(0.0) is not None
-
-
-def test_the_clock_of_the_run_counts_as_well() -> None:
-    made = scheduler(OPERATORS, budget=600.0)
-    assert made.pick(600.0) is None
-    assert made.pick(10.0) is not None
-
-
-@pytest.mark.parametrize("index", [0, 9], ids=["the largest", "the smallest"])
-def test_a_changed_operator_gets_its_share_where_the_budget_is_spent(index: int) -> None:
-    changed = OPERATORS[index]
-    book = a_tuned_book(100, but=[changed])
-    made = scheduler(OPERATORS, book, budget=600.0)
-    turn = made.pick(0.0)
-    assert turn is not None
-    assert turn.operator is changed
-    made.prepared(turn)
-    made.finish(turn, book.tried(changed, TUNED, cost=0.3).standing(changed.key))
-    again = made.pick(0.0)
-    assert again is not None, "30 s of 60 are left"
-    made.prepared(again)
-    made.finish(again, book.tried(changed, TUNED, cost=0.31).standing(changed.key))
-    assert made.pick(0.0) is None
-    assert made.plan().seconds == 0
-
-
-def test_a_share_is_a_batch_at_least() -> None:
-    changed = OPERATORS[3]
-    made = scheduler(OPERATORS, a_tuned_book(100, but=[changed]), budget=20.0)
-    turn = made.pick(0.0)
-    assert turn is not None
-    assert turn.operator is changed
-
-
-def completed(book: Book, budget: float, *operators: Operator) -> Book:
-    for one in operators:
-        book.add(one.key, {}, [CompletedRecord(budget=budget)])
-    return book
-
-
-def test_operators_that_a_finished_budget_never_reached_are_not_owed_anything() -> None:
-    book = Book()
-    for one in OPERATORS[:6]:
-        book.tried(one, TUNED[:8], cost=10 / 8)
-    completed(book, 60.0, *OPERATORS)
-    assert scheduler(OPERATORS, book, budget=60.0).pick(0.0) is None
-    assert scheduler(OPERATORS, book, budget=60.0).plan().seconds == 0
-    assert scheduler(OPERATORS, book, budget=120.0).pick(0.0) is not None
-    assert scheduler(OPERATORS, book).pick(0.0) is not None
-
-
-@pytest.mark.parametrize("index", [0, 9], ids=["the largest", "the smallest"])
-def test_after_a_finished_budget_only_the_changed_operator_is_tuned(index: int) -> None:
-    changed, kept = OPERATORS[index], [*OPERATORS[:index], *OPERATORS[index + 1 :]]
-    book = completed(a_tuned_book(50, but=[changed]), 600.0, *kept)  # the one that it replaces had 150 s
-    made = scheduler(OPERATORS, book, budget=600.0)
-    for _ in range(5):
-        turn = made.pick(0.0)
-        assert turn is not None
-        assert turn.operator is changed
-        made.prepared(turn)
-        made.finish(turn, book.tried(changed, TUNED[:8], cost=1.0).standing(changed.key))
-    assert {each.why for each in made.plan().forecasts if each.operator is not changed} == {"the budget is spent"}
-
-
-def test_what_half_a_budget_has_not_reached_comes_first() -> None:
-    big, tiny = operator("big", 1.0), operator("tiny", 1e-3)
-    book = Book().tried(big, [1 + i / 10 for i in range(20)], cost=2.0)
-    assert order_of(scheduler([big, tiny], book, budget=1000.0), 1) == ["big"]
-    assert order_of(scheduler([big, tiny], book, budget=1000.0), 1, elapsed=501.0) == ["tiny"]
-
-
-def test_a_turn_that_outlived_the_budget_is_not_wanted() -> None:
-    made = scheduler(OPERATORS, budget=100.0)
-    turn = made.pick(0.0)
-    assert turn is not None
-    assert made.may_go_on(turn, 50.0)
-    assert not made.may_go_on(turn, 100.0)
-    made.update(turn.operator, Book().tried(turn.operator, [2.0] + [1.0] * 64).standing(turn.operator.key))
-    assert not made.may_go_on(turn, 50.0), "its curve is flat by now"
-
-
 # What it says.
 
 
@@ -401,53 +227,6 @@ def test_times_of_models() -> None:
 def test_nothing_is_expected_where_everything_has_ended() -> None:
     made = scheduler([LARGE], Book().tried(LARGE, [2.0] + [1.0] * 64, won=1.0))
     assert made.expected(0.0) == pytest.approx(made.now.total())
-
-
-# Curves.
-
-
-def trials_of(*ratios: float) -> Sequence[TrialRecord]:
-    book = Book().tried(LARGE, ratios)
-    return book.standing(LARGE.key).trials
-
-
-def test_a_curve_followed_in_parts_is_the_same() -> None:
-    ratios = [0.5, 1.2, 0.9, 1.2, 1.8, 1.7, 2.5, 0.1]
-    at_once, in_parts = Curve(), Curve()
-    at_once.follow(trials_of(*ratios))
-    for count in (0, 1, 4, 5, 8):
-        in_parts.follow(trials_of(*ratios)[:count])
-    expected = Standing(trials=tuple(trials_of(*ratios))).curve()
-    for curve in (at_once, in_parts):
-        assert [curve.best(i + 1) for i in range(8)] == expected
-        assert curve.idle(NOISE) == 1
-        assert curve.slope(Terms()) == at_once.slope(Terms())
-
-
-def test_a_curve_begins_anew_where_other_trials_came_between() -> None:
-    curve = Curve()
-    first, second, third = trials_of(3.0, 1.0, 2.0)
-    curve.follow([first, second])
-    curve.follow([second, third])
-    assert curve.best(2) == 2.0
-
-
-def test_hope_fades_with_what_was_tried_in_vain() -> None:
-    slopes = []
-    for count in (8, 16, 32, 64):
-        curve = Curve()
-        curve.follow(trials_of(*[1.0] * count))
-        slopes.append(curve.slope(Terms()))
-    assert slopes == sorted(slopes, reverse=True)
-    assert slopes[0] > 3 * slopes[-1] > 0
-
-
-def test_a_gain_long_ago_promises_less_than_one_just_now() -> None:
-    early, late = Curve(), Curve()
-    early.follow(trials_of(*[1.0] * 33, 2.0, *[1.0] * 30))
-    late.follow(trials_of(*[1.0] * 63, 2.0))
-    assert (early.idle(NOISE), late.idle(NOISE)) == (30, 0)
-    assert early.slope(Terms()) < 0.6 * late.slope(Terms())
 
 
 # How long a decision takes, and what is kept.
@@ -486,94 +265,3 @@ def test_a_decision_looks_at_few_operators() -> None:
         made.prepared(turn)
         made.finish(turn, Book().tried(turn.operator, [1.0, 1.2]).standing(turn.operator.key))
     assert looked < 100 * 5
-
-
-# What is stale is looked at again, and not for ever.
-
-
-STALE = replace(LARGE, is_stale=True)
-
-
-def worked(made: Scheduler, book: Book, chosen: Operator, ratios: Sequence[float], elapsed: float = 0.0) -> bool:
-    """One turn of an operator of which these trials come; whether there was one."""
-    turn = made.pick(elapsed)
-    if turn is None:
-        return False
-    made.prepared(turn)
-    book.tried(chosen, ratios[: turn.count])
-    made.finish(turn, book.standing(chosen.key))
-    return True
-
-
-@pytest.mark.parametrize(
-    ("ended", "terms"),
-    [
-        (Why.FLAT, {"patience": 8}),
-        (Why.TRIALS, {"patience": 8, "trials": 16}),
-        (Why.BUDGET, {"patience": 17, "budget": 60.0}),
-        (Why.EXHAUSTED, {"patience": 17}),
-    ],
-)
-def test_a_stale_operator_goes_on_for_one_patience_more(ended: Why, terms: dict[str, float]) -> None:
-    book = Book().tried(LARGE, [2.0] + [1.0] * 15)
-    if ended is Why.BUDGET:
-        book.add(LARGE.key, {}, [CompletedRecord(budget=60.0)])
-    if ended is Why.EXHAUSTED:
-        book.add(LARGE.key, {}, [ExhaustedRecord(space=name, space_version=v, reason="") for name, v in LARGE.spaces])
-    assert why([LARGE], book, **terms) == {"large": ended}
-    made = scheduler([STALE], book, batch=4, **terms)
-    patience = int(terms["patience"])
-    (forecast,) = made.plan().forecasts
-    assert (forecast.to_come, forecast.why) == (patience, "")
-    assert made.plan().seconds > 0
-    turns = 0
-    while worked(made, book, STALE, [1.0] * 4):
-        turns += 1
-    assert len(book.standing(STALE.key).trials) == 16 + patience
-    assert turns == math.ceil(patience / 4)
-    assert made.states[STALE.key].why in (ended, Why.FLAT)
-    assert made.pick(0.0) is None
-
-
-def test_a_stale_operator_gets_its_trials_where_the_budget_is_spent() -> None:
-    book = Book().tried(LARGE, [2.0] + [1.0] * 15, cost=10.0)
-    assert scheduler([LARGE], book, patience=8, budget=100.0).pick(0.0) is None
-    assert scheduler([STALE], book, patience=8, budget=100.0).pick(0.0) == Turn(STALE, 8)
-
-
-def test_a_gain_while_it_is_looked_at_again_has_it_go_on_as_any_other() -> None:
-    book = Book().tried(LARGE, [2.0] + [1.0] * 15)
-    made = scheduler([STALE], book, batch=4, patience=8)
-    assert worked(made, book, STALE, [1.0, 1.0, 1.0, 4.0])
-    for _ in range(2):
-        assert worked(made, book, STALE, [1.0] * 4)
-    assert not worked(made, book, STALE, [1.0] * 4), "its curve is flat again"
-    assert made.states[STALE.key].why is Why.FLAT
-
-
-def test_a_stale_operator_of_which_nothing_more_is_proposed_ends() -> None:
-    book = Book().tried(LARGE, [2.0] + [1.0] * 15)
-    book.add(LARGE.key, {}, [ExhaustedRecord(space=name, space_version=v, reason="") for name, v in LARGE.spaces])
-    made = scheduler([STALE], book, batch=4, patience=8)
-    assert worked(made, book, STALE, [])
-    assert made.states[STALE.key].why is Why.EXHAUSTED
-    assert made.pick(0.0) is None
-
-
-def test_what_is_stale_and_has_not_ended_gets_no_more_than_any_other() -> None:
-    book = Book().tried(LARGE, [1.0, 2.0])
-    made = scheduler([STALE], book, trials=10, batch=16, patience=100)
-    assert made.pick(0.0) == Turn(STALE, 8)
-
-
-def test_a_small_operator_is_left_though_it_is_stale() -> None:
-    small = replace(SMALL, seconds=1e-9, is_stale=True)
-    book = Book().tried(LARGE, [2.0] + [1.0] * 15).tried(small, [2.0] + [1.0] * 15)
-    assert why([LARGE, small], book, patience=8)["small"] is Why.SMALL
-
-
-def test_a_stale_operator_is_not_taken_for_small_by_its_old_curve() -> None:
-    book = Book().tried(LARGE, [2.0] + [1.0] * 60)
-    assert why([LARGE], book, patience=100) == {"large": None}
-    assert why([LARGE], book, patience=8) == {"large": Why.FLAT}
-    assert why([STALE], book, patience=8) == {"large": None}
