@@ -36,11 +36,6 @@ from tests import servers
 
 KINDS = ("folder", "nginx", "casd", "gateway")
 _THREADS = 16
-_DODO = """\
-from pipeline import DOIT_CONFIG, Model, Workspace  # noqa: F401
-
-workspace = Workspace(Model.onnx("model", "model.onnx"))
-"""
 
 
 @dataclass(frozen=True)
@@ -95,8 +90,7 @@ def builds(name: str, kinds: Sequence[str], turns: int, kept: ExitStack) -> list
 
 
 def _built(place: Scratch, name: str, must_run: bool = True) -> Usage:
-    place.folder.joinpath("model.onnx").write_bytes(zoo.load(name).SerializeToString(deterministic=True))
-    place.write(_DODO)
+    place.hold(zoo.load(name).SerializeToString(deterministic=True))
     run = place.doit("build").require_good()
     if not must_run and run.stages_run:
         raise BenchError(f"{run.stages_run} stages ran where all should have been found:\n{run.err}")

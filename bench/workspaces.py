@@ -20,6 +20,11 @@ from bench.cpu import Usage, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 
+_ONE_MODEL = """\
+from pipeline import DOIT_CONFIG, Model, Workspace  # noqa: F401
+
+workspace = Workspace(Model.onnx("model", "model.onnx"))
+"""
 _SUMMARY = re.compile(r"(\d+) operators? compiled, (\d+) cached, (\d+) librar(?:y|ies) linked")
 _FAILED = re.compile(
     r"^FAILED (\S+): (.*(?:\n(?!\[\d+/\d+\] |FAILED |ERROR|\d+ (?:of \d+ )?artifacts?).*)*)", re.MULTILINE
@@ -84,6 +89,11 @@ class Scratch:
         self.folder.joinpath("targets").mkdir(exist_ok=True)
         switched = "" if check else "[check]\nenabled = false\n"
         self.folder.joinpath("targets", "native.toml").write_text(f'target = "native"\n{switched}')
+
+    def hold(self, model: bytes) -> None:
+        """Makes it the workspace of one ONNX model, called `model`, and of the target `native`."""
+        self.folder.joinpath("model.onnx").write_bytes(model)
+        self.write(_ONE_MODEL)
 
     def doit(self, *arguments: str) -> Run:
         """Runs `doit` with these arguments and waits for every process that came of it."""

@@ -50,7 +50,15 @@ class Digest:
         return self.hash[:12]
 
 
-_TAGS: dict[type, bytes] = {str: b"s", bytes: b"b", int: b"i", bool: b"t", type(None): b"n", float: b"f"}
+class Encoded(bytes):
+    """What `encode` made of a value: it stands for that value in another one. Encodes once what goes into many keys."""
+
+    @classmethod
+    def of(cls, value: object) -> Encoded:
+        return cls(encode(value))
+
+
+_TAGS: dict[type, bytes] = {bytes: b"b", int: b"i", bool: b"t", type(None): b"n", float: b"f"}
 
 
 def encode(value: object) -> bytes:
@@ -60,6 +68,11 @@ def encode(value: object) -> bytes:
     ("ab", "c") and ("a", "bc"), not 1 and True and "1". Mappings are sorted by key; tuples count as lists. Raises
     TypeError on anything else, and on a mapping whose keys are not all str: 1 and "1" would be one key.
     """
+    if type(value) is str:  # what most parts are
+        # A file's name that is no UTF-8 reaches Python with lone surrogates in it.
+        return _framed(b"s", value.encode(errors="surrogatepass"))
+    if isinstance(value, Encoded):
+        return value
     if isinstance(value, Digest):
         return _framed(b"d", bytes.fromhex(value.hash) + b"%d" % value.size)
     if isinstance(value, list | tuple):
@@ -74,8 +87,7 @@ def encode(value: object) -> bytes:
         raise TypeError(f"a key cannot hold a {type(value).__name__}")
     if isinstance(value, bytes):
         return _framed(tag, value)
-    # A file's name that is no UTF-8 reaches Python with lone surrogates in it.
-    return _framed(tag, (value.hex() if isinstance(value, float) else str(value)).encode(errors="surrogatepass"))
+    return _framed(tag, (value.hex() if isinstance(value, float) else str(value)).encode())
 
 
 def _framed(tag: bytes, body: bytes) -> bytes:

@@ -46,7 +46,7 @@ def compile_source(source: bytes, triple: str = "") -> bytes:
     driver = driver_for(triple)
     if driver is None or is_wasm(triple):
         raise no_linker(triple)
-    with tempfile.TemporaryDirectory(prefix="tvmake-compile-") as name:
+    with _folder("tvmake-compile-") as name:
         folder = Path(name)
         (folder / "function.c").write_bytes(source)
         headers = [argument for path in runtime_headers() for argument in ("-isystem", f'"{path}"')]
@@ -74,7 +74,7 @@ def link(
     if driver is None:
         raise no_linker(triple)
     carried = dict(libraries or {})
-    with tempfile.TemporaryDirectory(prefix="tvmake-link-") as name:
+    with _folder("tvmake-link-") as name:
         folder = Path(name)
         for file, content in {**objects, **carried}.items():
             if isinstance(content, bytes):
@@ -142,6 +142,11 @@ def _who_misses(folder: Path, files: Iterable[str], missing: list[str]) -> str:
     callers = [file for file in files if file.endswith(".o") and name in symbols.undefined(folder / file)]
     more = f" (and {len(others)} more: {', '.join(others[:3])})" if others else ""
     return f"nothing that the library is linked with has {name}, which {', '.join(callers[:3]) or 'it'} calls{more}"
+
+
+def _folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder of its own. A build that is interrupted removes it while the driver may write to it still."""
+    return tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
 
 
 def _run(folder: Path, driver: Driver, arguments: list[str]) -> None:

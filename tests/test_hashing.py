@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stage_doubles import Double
 
-from pipeline.hashing import RACY_NS, Digest, Stamp, encode, key_of
+from pipeline.hashing import RACY_NS, Digest, Encoded, Stamp, encode, key_of
 from pipeline.memoizer import Action
 from pipeline.stages import Home, Kind, Stage
 from pipeline.toolchain import Toolchain
@@ -161,6 +161,14 @@ def test_the_order_of_a_mapping_does_not_matter(mapping: dict[str, object], chan
     items = list(mapping.items())
     chance.shuffle(items)
     assert key_of(dict(items)) == key_of(mapping)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_what_was_encoded_before_stands_for_its_value(name: str) -> None:
+    value, encoded = GOLDEN[name]
+    assert encode(Encoded.of(value)) == encoded
+    assert key_of({"a": Encoded.of(value), "b": [Encoded.of(value)]}) == key_of({"a": value, "b": [value]})
+    assert encode(bytes(Encoded.of(value))) != encoded
 
 
 def test_tuples_count_as_lists() -> None:

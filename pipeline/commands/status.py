@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import gc
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ Exit code: 0 shown, 1 a model is not built yet, 2 the workspace is at fault.
     def _execute(self, all: bool, json: bool) -> int:
         from pipeline.tuning.status import look
 
+        gc.disable()  # thousands of records make no cycles, and the process ends
         workspace = the_workspace(self.loader.namespace)
         models, patterns = _split(workspace, self._names)
         standings = look(workspace, replace(self._selection, models=models), self.dep_manager.get_values)

@@ -27,6 +27,7 @@ from pipeline.hashing import is_sha256, key_of
 from pipeline.store.files import StoreCounts, set_aside, sync_folder, written_atomically
 
 _ABOUT = "about.json"
+_MOST = 1 << 16  # bytes that are read at once: of nearly every member all
 
 
 class Sets:
@@ -39,6 +40,7 @@ class Sets:
         self._root = root
         self._counts = counts
         self._scratch = root / "tmp"
+        self._above = f"{root / 'sets'}{os.sep}"
 
     @property
     def changed(self) -> Path:
@@ -85,9 +87,9 @@ class Sets:
         What is torn and what is no member is set aside, counted and left out.
         """
         members, others = self._listed(key)
+        folder = f"{self._above}{key[:2]}{os.sep}{key}{os.sep}"  # a Path for each of many costs more than to read it
         for name in others:
-            self._set_aside(self._folder(key) / name)
-        folder = f"{self._folder(key)}{os.sep}"  # a Path for each of many members costs more than to read it
+            self._set_aside(Path(folder, name))
         for name in sorted(members):
             if name not in but:
                 data = self._member(folder, name)
@@ -136,7 +138,7 @@ class Sets:
         """Names of members, and of what else lies there; both are empty for a set that was never written."""
         with self._explained(f"listing the set {key[:12]}"):
             try:
-                with os.scandir(self._folder(key)) as entries:
+                with os.scandir(f"{self._above}{key[:2]}{os.sep}{key}") as entries:
                     visible = [entry for entry in entries if entry.name != _ABOUT and not entry.name.startswith(".")]
             except FileNotFoundError:
                 return [], []
@@ -148,7 +150,16 @@ class Sets:
     def _member(self, folder: str, name: str) -> bytes | None:
         """The bytes of a member, or None where they are not what its name promises."""
         try:
-            data, inode = _contents(folder + name)
+            descriptor = os.open(folder + name, os.O_RDONLY)
+            try:
+                data = os.read(descriptor, _MOST)
+                if len(data) < _MOST and hashlib.sha256(data).hexdigest() == name:
+                    return data
+                # It is larger, or torn. One byte more than there should be tells of a file that has grown.
+                stat = os.fstat(descriptor)
+                data += os.read(descriptor, max(0, stat.st_size + 1 - len(data)))
+            finally:
+                os.close(descriptor)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):  # somebody set it aside
                 self._counts.torn += 1
@@ -156,7 +167,7 @@ class Sets:
         if hashlib.sha256(data).hexdigest() == name:
             return data
         self._counts.torn += 1
-        set_aside(Path(folder, name), inode, self._root / "quarantine")
+        set_aside(Path(folder, name), stat.st_ino, self._root / "quarantine")
         return None
 
     def _set_aside(self, path: Path) -> None:
@@ -184,17 +195,6 @@ class Sets:
             yield
         except OSError as error:
             raise explain_os_error(error, doing) from error
-
-
-def _contents(path: str) -> tuple[bytes, int]:
-    """A file's bytes and its inode, with no more calls than that takes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        stat = os.fstat(descriptor)
-        # One byte more than there should be: a file that has grown, or is shorter, has another digest.
-        return os.read(descriptor, stat.st_size + 1), stat.st_ino
-    finally:
-        os.close(descriptor)
 
 
 def _holds(path: Path, data: bytes) -> bool:

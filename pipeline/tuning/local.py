@@ -34,6 +34,7 @@ def operators(
         file = _file(workspace, each.target)
         place = (each.model.name, workspace.folder, each.target)
         models.append(Model(*place, manifest.target_spec, file, each.plan, manifest, each.profile))
+
     def ask(device: Device, triple: str) -> None:
         asking.require_known(device, triple, workspace.build.memoizer.workers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.devices.identity import device_of
 from pipeline.platforms import triple_of
 from pipeline.store import Store, default_root
 from pipeline.tuning.ledger import Ledger
+from pipeline.tuning.records import SetKeys
 from pipeline.tuning.staleness import Present, is_to_go_on, reasons
 from pipeline.tuning.states import Operator
 from pipeline.tuning.summaries import Summaries
@@ -34,6 +36,16 @@ class Model:
     plan: Plan
     manifest: Manifest
     profile: Profile | None
+
+    @cached_property
+    def device(self) -> str:
+        """What times that are taken for its target hold for: this machine, or the devices that the target names."""
+        return device_of(self.file)
+
+    @cached_property
+    def sets(self) -> SetKeys:
+        """The keys of its operators' sets of records."""
+        return SetKeys(self.attributes, self.device)
 
 
 @dataclass(frozen=True)
@@ -90,9 +102,9 @@ def _with(known: Operator | None, model: Model, workload: Workload) -> Operator:
         workload=workload,
         calls=calls,
         seconds=max(_seconds(model, workload), known.seconds if known is not None else 0.0),
-        key=key_of(model, workload),
+        key=model.sets.of(workload.digest),
         spaces=spaces_of(model),
-        about=Ledger.about_of(workload, model.attributes, device_of(model.file)),
+        about=Ledger.about_of(workload, model.attributes, model.device),
     )
 
 
@@ -121,11 +133,6 @@ def _seconds(model: Model, workload: Workload) -> float:
     """Of one call, as the profile of the model told; 0 where there is none."""
     total = model.profile.operators.get(workload.symbol, 0.0) if model.profile is not None else 0.0
     return total / workload.calls
-
-
-def key_of(model: Model, workload: Workload) -> str:
-    """The key of an operator's set of records, of this machine or the devices that its target names."""
-    return Ledger.key_of(workload.digest, model.attributes, device_of(model.file))
 
 
 def spaces_of(model: Model) -> frozenset[tuple[str, int]]:

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from pipeline.hashing import is_sha256, key_of
+from pipeline.hashing import Encoded, is_sha256, key_of
 
 FORMAT = 2  # the newest that is read; what the first could not tell is of the second
 _KEY = 1  # of the sets
@@ -262,9 +262,20 @@ def _require_known_format(data: bytes) -> None:
         raise NewerFormatError(found)
 
 
+class SetKeys:
+    """The keys of the sets of records of one target (all its attributes) and device."""
+
+    def __init__(self, target: Mapping[str, Any], device: str) -> None:
+        self._target, self._device = Encoded.of(target), Encoded.of(device)
+
+    def of(self, workload: str) -> str:
+        """The key of the set of a workload, by its digest."""
+        return key_of({"records": _KEY, "workload": workload, "target": self._target, "device": self._device})
+
+
 def set_key(workload: str, target: Mapping[str, Any], device: str) -> str:
     """The key of the set of records of a workload (its digest), a target (all its attributes) and a device."""
-    return key_of({"records": _KEY, "workload": workload, "target": dict(target), "device": device})
+    return SetKeys(target, device).of(workload)
 
 
 @dataclass(frozen=True)
@@ -384,6 +395,8 @@ def sure_ratio(trial: TrialRecord) -> float:
 def live(members: Mapping[str, Record]) -> list[Record]:
     """Those of a set's records, by digest, that nobody has withdrawn. What withdraws is never withdrawn itself."""
     gone = {name for each in members.values() if isinstance(each, WithdrawnRecord) for name in each.records}
+    if not gone:
+        return list(members.values())
     return [each for name, each in members.items() if name not in gone or isinstance(each, WithdrawnRecord)]
 
 
@@ -404,26 +417,31 @@ def standing(records: Iterable[Record], noise: float, tools: Mapping[str, str] |
     last = [_last_word(each, tools) for each in said.values()]
     trials = [trial for trial in last if trial.outcome is not Outcome.CLAIMED]
     claims = [trial for trial in last if trial.outcome is Outcome.CLAIMED]
-    found = {trial.candidate: [Winner(trial, each) for each in retests.get(trial.candidate, ())] for trial in trials}
-    proven = {name: [each for each in said if tools is None or _has(each.tools, tools)] for name, said in found.items()}
-    tried_today = {
-        name for name, each in said.items() if tools is None or any(_has(trial.tools, tools) for trial in each)
+    found = {
+        each.candidate: [Winner(each, one) for one in retests.get(each.candidate, ())]
+        for each in trials
+        if each.candidate in retests
     }
-    others = {name: each for name, each in found.items() if not proven[name] and name not in tried_today}
+    proven = {name: [each for each in won if tools is None or _has(each.tools, tools)] for name, won in found.items()}
+    others = [
+        won
+        for name, won in found.items()
+        if not proven[name] and not any(tools is None or _has(trial.tools, tools) for trial in said[name])
+    ]
     return Standing(
         trials=tuple(sorted(trials, key=lambda trial: (trial.at, trial.candidate))),
         winners=_winning(proven.values(), noise),
-        unproven=_winning(others.values(), noise),
+        unproven=_winning(others, noise),
         preferred=max((each for each in listed if isinstance(each, PreferredRecord)), key=_moment, default=None),
         withdrawn=tuple(sorted((each for each in listed if isinstance(each, WithdrawnRecord)), key=_moment)),
         tried=frozenset(name for name, each in said.items() if not may_be_tried(each)),
         spent=math.fsum(record.cost for record in listed),  # the same in any order
-        baseline=min(filter(None, map(_baseline, listed)), default=None),
+        baseline=min((each.baseline for each in measurements(listed) if each.baseline), default=None),
         exhausted=frozenset((each.space, each.space_version) for each in listed if isinstance(each, ExhaustedRecord)),
         failures=Counter(trial.outcome for trial in trials if trial.outcome is not Outcome.TIMED),
         retries=sum(_retries(each) for each in said.values()),
         claims=tuple(sorted(claims, key=lambda trial: (trial.seconds or math.inf, trial.candidate))),
-        retested=frozenset(name for name, said in proven.items() if said),
+        retested=frozenset(name for name, won in proven.items() if won),
         seconded=max((record.at for record in listed if isinstance(record, RetestRecord)), default=0.0),
         budget=max((each.budget for each in listed if isinstance(each, CompletedRecord)), default=0.0),
     )
@@ -441,17 +459,17 @@ def may_be_tried(trials: Iterable[TrialRecord]) -> bool:
 
 def _retries(trials: Iterable[TrialRecord]) -> int:
     """How often a candidate was tried after it had failed for what may be the machine's fault."""
-    attempts = [trial.outcome in TRANSIENT for trial in trials if trial.outcome is not Outcome.CLAIMED]
-    return max(0, len(attempts) - 1) if any(attempts) else 0
+    attempts = [trial.outcome for trial in trials if trial.outcome is not Outcome.CLAIMED]
+    return len(attempts) - 1 if not TRANSIENT.isdisjoint(attempts) else 0
 
 
-def _baseline(record: Record) -> float | None:
-    """The seconds of the baseline that a record holds; a claim's were measured elsewhere."""
-    if not isinstance(record, TrialRecord | RetestRecord):
-        return None
-    if isinstance(record, TrialRecord) and record.outcome is Outcome.CLAIMED:
-        return None
-    return record.baseline
+def measurements(records: Iterable[Record]) -> list[TrialRecord | RetestRecord]:
+    """Those of what was measured here: a claim was elsewhere."""
+    return [
+        each
+        for each in records
+        if isinstance(each, RetestRecord) or (isinstance(each, TrialRecord) and each.outcome is not Outcome.CLAIMED)
+    ]
 
 
 # What counts most of what is said of one candidate; the other outcomes weigh 0.

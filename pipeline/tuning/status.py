@@ -22,14 +22,13 @@ import msgspec
 
 from pipeline.composition import names
 from pipeline.config import TargetFile, load_target
-from pipeline.devices.identity import device_of
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.hashing import Digest
 from pipeline.lock import FILE, Entry, read
 from pipeline.manifests import read_manifest
 from pipeline.report import UNTUNED
 from pipeline.tasks import remembered_plan
-from pipeline.tuning.operators import Model, key_of, spaces_of, why_none, why_not
+from pipeline.tuning.operators import Model, spaces_of, why_none, why_not
 from pipeline.tuning.records import BEST, NONE, Outcome
 from pipeline.tuning.staleness import Present, Reason, can_be_tuned_away, days, reasons
 from pipeline.tuning.summaries import Summaries, Summary
@@ -263,7 +262,7 @@ class _Sight:
         ]
 
     def _row(self, operator: Operator, workload: Workload, seconds: float | None, total: float) -> Row:
-        key = key_of(self.model, workload)
+        key = self.model.sets.of(workload.digest)
         summary = self.known.of(key)
         state, why, command = self._state(operator, workload, summary)
         is_tuned = operator.implementation == TUNED
@@ -354,7 +353,7 @@ class _Sight:
     def _elsewhere(self) -> Mapping[str, list[str]]:
         if not self.model.file.stale.device:
             return {}
-        return self.known.elsewhere(self.model.attributes, device_of(self.model.file))
+        return self.known.elsewhere(self.model.attributes, self.model.device)
 
 
 def _plain(operator: Operator) -> Workload:

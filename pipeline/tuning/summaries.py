@@ -39,6 +39,7 @@ from pipeline.tuning.records import (
     TrialRecord,
     Winner,
     live,
+    measurements,
     standing,
 )
 
@@ -109,7 +110,7 @@ def summary(members: Mapping[str, Record], noise: float, tools: Mapping[str, str
         failures={str(outcome): count for outcome, count in stands.failures.items()},
         claims=len(stands.claims),
         spent=stands.spent,
-        measured=max(map(_measured_at, left), default=0.0),
+        measured=max((each.at for each in measurements(left)), default=0.0),
         baseline=stands.baseline,
         preferred=stands.preferred.candidate if stands.preferred else None,
         exhausted=tuple(sorted(stands.exhausted)),
@@ -134,12 +135,6 @@ def _applied(winner: Winner | None, is_proven: bool) -> dict[str, Any]:
         "is_proven": is_proven,
         "tools": {} if is_proven else dict(winner.tools),
     }
-
-
-def _measured_at(record: Record) -> float:
-    if isinstance(record, TrialRecord) and record.outcome is Outcome.CLAIMED:
-        return 0.0  # elsewhere
-    return record.at if isinstance(record, TrialRecord | RetestRecord) else 0.0
 
 
 def _won(retest: RetestRecord, noise: float) -> bool:
@@ -170,12 +165,8 @@ def _beaten(stands: Standing, records: Iterable[Record], noise: float) -> tuple[
 
 def _is_level(winner: Winner, records: Iterable[Record], noise: float) -> bool:
     """Whether the baseline, as it was timed after a winner, is as fast as it."""
-    later = [
-        record.baseline
-        for record in records
-        if isinstance(record, TrialRecord | RetestRecord) and _measured_at(record) > winner.retest.at
-    ]
-    fastest = min((seconds for seconds in later if seconds), default=None)
+    later = [each.baseline for each in measurements(records) if each.at > winner.retest.at and each.baseline]
+    fastest = min(later, default=None)
     return fastest is not None and winner.retest.seconds >= fastest * (1 - noise)
 
 

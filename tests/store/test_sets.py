@@ -57,6 +57,20 @@ def test_what_was_added_is_read_by_everybody(store: Store) -> None:
     assert not list((store.root / "tmp").iterdir())
 
 
+@pytest.mark.parametrize("size", [(1 << 16) - 1, 1 << 16, (1 << 16) + 1, 1 << 20])
+def test_a_large_member_is_read_whole_and_one_that_grew_is_not(store: Store, size: int) -> None:
+    data = os.urandom(size)
+    (name,) = store.sets.add(KEY, [data], ABOUT)
+    assert dict(store.sets.read(KEY)) == {name: data}
+    path = store.root / "sets" / KEY[:2] / KEY / name
+    path.chmod(0o600)
+    with open(path, "ab") as stream:
+        stream.write(b"more")
+    assert dict(store.sets.read(KEY)) == {}
+    assert store.counts.torn == 1
+    assert not path.exists()
+
+
 def test_a_set_that_was_never_written_is_empty(store: Store) -> None:
     store.sets.add(KEY, MEMBERS, ABOUT)
     assert dict(store.sets.read(OTHER)) == {}

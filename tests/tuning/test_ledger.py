@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.store import Store
 from pipeline.tuning.ledger import Ledger
-from pipeline.tuning.records import Certificate, Outcome, RetestRecord, TrialRecord, decoded, encoded
+from pipeline.tuning.records import Certificate, Outcome, RetestRecord, SetKeys, TrialRecord, decoded, encoded
 
 KEY = Ledger.key_of("w" * 64, {"kind": "llvm"}, "a processor")
 OTHER = Ledger.key_of("w" * 64, {"kind": "c"}, "a processor")
@@ -164,6 +164,14 @@ def test_one_of_two_tuners_gets_an_operator(store: Store) -> None:
         assert (mine, theirs, another) == (True, False, True)
     with other.claim(KEY) as theirs:
         assert theirs
+
+
+def test_the_key_of_a_set_is_pinned() -> None:
+    """What was tuned is found again by every later version."""
+    target = {"kind": "llvm", "mattr": ["+a", "+b"], "n": 3}
+    expected = "37cbc0803f9a25f0f241215262e6ca24505addc5ec39c1eab8b9f9c5d2506382"
+    assert Ledger.key_of("w" * 64, target, "a processor") == expected
+    assert SetKeys(target, "a processor").of("w" * 64) == expected
 
 
 def test_records_of_one_target_or_device_never_stand_for_another(store: Store) -> None:
