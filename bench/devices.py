@@ -27,7 +27,7 @@ from pipeline.manifests import read_manifest
 from pipeline.types import Operator
 from tests.devices.boards import Boards
 
-_TARGET = 'target = "native"\norder = ["tuned", "rules", "default"]\nselect = "fastest"\n'
+_TARGET = 'order = ["tuned", "rules", "default"]\nselect = "fastest"\n'
 _KEY = "board"
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1"}
 _AWAY = 5.0  # seconds until a killed server is started again
@@ -88,16 +88,14 @@ def measured(name: str, minutes: float, is_disturbed: bool) -> list[tuple[object
         scratch(**_ONE_THREAD) as here,
         scratch(**_ONE_THREAD) as there,
     ):
-        for place in (here, there):
-            place.hold(model)
-        here.folder.joinpath("targets", "native.toml").write_text(_TARGET)
+        here.hold(model, _TARGET)
         first = winners(here)
         here.doit("tune", "--budget", f"{minutes}m").require_good()
         tuned = winners(here)
         boards = Boards(Path(folder))
         try:
             device = f'[device]\ntracker = "{boards.address}"\nkey = "{_KEY}"\nwait = 120\n'
-            there.folder.joinpath("targets", "native.toml").write_text(_TARGET + device)
+            there.hold(model, _TARGET + device)
             servers = [boards.start(_KEY) for _ in range(2)]
             boards.await_free(_KEY, 2)
             over = winners(there)

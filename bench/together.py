@@ -27,6 +27,7 @@ from bench.workspaces import BenchError, Run, Scratch, scratch
 from pipeline.store import Store
 from pipeline.tuning.records import Outcome, TrialRecord, filed
 
+_TUNED = 'order = ["tuned", "rules", "default"]\n'  # no library, so that there is something to tune
 _EVENTS = "events.jsonl"
 # doit on some of the processors: what it starts stays there.
 _PINNED = """
@@ -81,7 +82,7 @@ def tuned(name: str, kind: str, minutes: float) -> list[tuple[object, ...]]:
         homes = [str(folder / f"home {number}") for number in range(3)]
         one, other, third = (stack.enter_context(scratch(HOME=home, **environment)) for home in homes)
         for place in (one, other, third):
-            place.hold(model)
+            place.hold(model, _TUNED)
         for place, cores in zip((one, other), halves, strict=True):
             pinned(place, cores, "build").require_good()
         budget = f"{2 * minutes:g}m"

@@ -90,10 +90,13 @@ class Scratch:
         switched = "" if check else "[check]\nenabled = false\n"
         self.folder.joinpath("targets", "native.toml").write_text(f'target = "native"\n{switched}')
 
-    def hold(self, model: bytes) -> None:
-        """Makes it the workspace of one ONNX model, called `model`, and of the target `native`."""
+    def hold(self, model: bytes, target: str = "") -> None:
+        """Makes it the workspace of one ONNX model, called `model`, and of the target `native`, of which `target` says
+        more, in TOML."""
         self.folder.joinpath("model.onnx").write_bytes(model)
         self.write(_ONE_MODEL)
+        with open(self.folder / "targets" / "native.toml", "a") as stream:
+            stream.write(target)
 
     def doit(self, *arguments: str) -> Run:
         """Runs `doit` with these arguments and waits for every process that came of it."""

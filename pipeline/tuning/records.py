@@ -22,7 +22,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -408,12 +408,29 @@ def standing(records: Iterable[Record], noise: float, tools: Mapping[str, str] |
     """
     listed = list(records)
     said: dict[str, list[TrialRecord]] = {}
-    retests: dict[str, list[RetestRecord]] = {}
+    tested: list[RetestRecord] = []
+    preferred: list[PreferredRecord] = []
+    withdrawn: list[WithdrawnRecord] = []
+    exhausted: set[tuple[str, int]] = set()
+    budget = 0.0
     for record in listed:
-        if isinstance(record, TrialRecord):
-            said.setdefault(record.candidate, []).append(record)
-        elif isinstance(record, RetestRecord) and record.certificate.holds:
-            retests.setdefault(record.candidate, []).append(record)
+        match record:
+            case TrialRecord():
+                said.setdefault(record.candidate, []).append(record)
+            case RetestRecord():
+                tested.append(record)
+            case PreferredRecord():
+                preferred.append(record)
+            case WithdrawnRecord():
+                withdrawn.append(record)
+            case ExhaustedRecord():
+                exhausted.add((record.space, record.space_version))
+            case CompletedRecord():
+                budget = max(budget, record.budget)
+    retests: dict[str, list[RetestRecord]] = {}
+    for each in tested:
+        if each.certificate.holds:
+            retests.setdefault(each.candidate, []).append(each)
     last = [_last_word(each, tools) for each in said.values()]
     trials = [trial for trial in last if trial.outcome is not Outcome.CLAIMED]
     claims = [trial for trial in last if trial.outcome is Outcome.CLAIMED]
@@ -432,18 +449,18 @@ def standing(records: Iterable[Record], noise: float, tools: Mapping[str, str] |
         trials=tuple(sorted(trials, key=lambda trial: (trial.at, trial.candidate))),
         winners=_winning(proven.values(), noise),
         unproven=_winning(others, noise),
-        preferred=max((each for each in listed if isinstance(each, PreferredRecord)), key=_moment, default=None),
-        withdrawn=tuple(sorted((each for each in listed if isinstance(each, WithdrawnRecord)), key=_moment)),
+        preferred=max(preferred, key=_moment, default=None),
+        withdrawn=tuple(sorted(withdrawn, key=_moment)),
         tried=frozenset(name for name, each in said.items() if not may_be_tried(each)),
-        spent=math.fsum(record.cost for record in listed),  # the same in any order
+        spent=math.fsum(each.cost for each in listed),  # the same in any order
         baseline=min((each.baseline for each in measurements(listed) if each.baseline), default=None),
-        exhausted=frozenset((each.space, each.space_version) for each in listed if isinstance(each, ExhaustedRecord)),
+        exhausted=frozenset(exhausted),
         failures=Counter(trial.outcome for trial in trials if trial.outcome is not Outcome.TIMED),
-        retries=sum(_retries(each) for each in said.values()),
+        retries=sum(map(_retries, said.values())),
         claims=tuple(sorted(claims, key=lambda trial: (trial.seconds or math.inf, trial.candidate))),
         retested=frozenset(name for name, won in proven.items() if won),
-        seconded=max((record.at for record in listed if isinstance(record, RetestRecord)), default=0.0),
-        budget=max((each.budget for each in listed if isinstance(each, CompletedRecord)), default=0.0),
+        seconded=max((each.at for each in tested), default=0.0),
+        budget=budget,
     )
 
 
@@ -457,8 +474,10 @@ def may_be_tried(trials: Iterable[TrialRecord]) -> bool:
     return attempts < ATTEMPTS
 
 
-def _retries(trials: Iterable[TrialRecord]) -> int:
+def _retries(trials: Sequence[TrialRecord]) -> int:
     """How often a candidate was tried after it had failed for what may be the machine's fault."""
+    if len(trials) == 1:
+        return 0
     attempts = [trial.outcome for trial in trials if trial.outcome is not Outcome.CLAIMED]
     return len(attempts) - 1 if not TRANSIENT.isdisjoint(attempts) else 0
 
